@@ -1,0 +1,211 @@
+"""Every file the stages exchange: written atomically, read with checks, stamped with provenance.
+
+A file is written under a temporary name beside its final one and renamed when complete, so a killed
+stage leaves nothing that looks finished. Formats: ``.json``, ``.npy`` (memory-mappable arrays),
+``.npz`` (named arrays), ``.safetensors`` (named tensors), ``.parquet`` and ``.csv`` (tables). All
+but the ``.npy`` and ``.csv`` carry the provenance their stage passes: config slice, package
+versions and input hashes.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+RECORDED_PACKAGES = ("forgetrace", "torch", "diffusers", "transformers", "numpy")
+
+
+class UserError(Exception):
+    """What went wrong, in one sentence that names the file or key and the way out."""
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes ``path`` when the block ends without an exception.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written to.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except Exception as error:
+        if reason := _unwritable(error):
+            raise UserError(f"Cannot write {path}: {reason}.") from error
+        raise
+    finally:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass  # the folder itself cannot be written to: there is nothing to clean up
+
+
+def _unwritable(error: Exception) -> str | None:
+    """The reason a write failed, with the way out; None where it is not the file system's doing."""
+    code = getattr(error, "errno", None)
+    # safetensors reports an I/O error as text only.
+    if code == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
+        return "the disk is full; free some space and run the same command again"
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS) or "os error 13" in str(error):
+        return "no permission to write there; check the folder's owner and mode, then run again"
+    return None
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def fingerprint(value: object) -> str:
+    """Hex SHA-256 of plain data: equal data, equal fingerprint, whatever the key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def provenance(config: Mapping, inputs: Mapping[str, str | Path] | None = None) -> dict:
+    """What an output records of its making.
+
+    Args:
+        config: the slice of the config that shaped it.
+        inputs: input files by role; their SHA-256 is recorded.
+    """
+    packages = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    hashes = {role: sha256_of(path) for role, path in (inputs or {}).items()}
+    return {"config": dict(config), "packages": packages, "inputs": hashes}
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write plain data as indented UTF-8 JSON."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict:
+    """Read JSON written by :func:`write_json`."""
+    with _readable(path):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    """Write one array as a memory-mappable ``.npy``."""
+    with atomic(path) as temporary, open(temporary, "wb") as out:
+        np.save(out, array, allow_pickle=False)
+
+
+def read_array(path: str | Path, mmap: bool = False) -> np.ndarray:
+    """Read a ``.npy``; with ``mmap`` its data stay on disk until indexed."""
+    with _readable(path):
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], made_by: Mapping) -> None:
+    """Write named arrays and their provenance as one ``.npz``."""
+    with atomic(path) as temporary, open(temporary, "wb") as out:
+        np.savez(out, provenance=np.array(json.dumps(made_by)), **arrays)
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Read the arrays of :func:`write_arrays`; ``provenance`` is left out."""
+    with _readable(path), np.load(path, allow_pickle=False) as content:
+        return {name: content[name] for name in content.files if name != "provenance"}
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], made_by: Mapping) -> None:
+    """Write named tensors and their provenance as ``.safetensors``."""
+    from safetensors.torch import save_file
+
+    # Saved from contiguous CPU copies: safetensors refuses strided and shared storage.
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(plain, temporary, metadata={"provenance": json.dumps(made_by)})
+
+
+def read_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
+    """Read named tensors, on the CPU."""
+    from safetensors.torch import load_file
+
+    with _readable(path):
+        return load_file(path)
+
+
+def write_table(path: str | Path, table: "pd.DataFrame", made_by: Mapping | None = None) -> None:
+    """Write a table as ``.parquet`` (with provenance in its metadata) or ``.csv``, by suffix."""
+    with atomic(path) as temporary:
+        if Path(path).suffix == ".csv":
+            table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.6g")
+        else:
+            table = table.copy()
+            table.attrs = {"provenance": dict(made_by or {})}
+            table.to_parquet(temporary, index=False)
+
+
+def read_table(path: str | Path) -> "pd.DataFrame":
+    """Read a table written by :func:`write_table`."""
+    import pandas as pd
+
+    with _readable(path):
+        return pd.read_csv(path) if Path(path).suffix == ".csv" else pd.read_parquet(path)
+
+
+def write_image(path: str | Path, pixels: np.ndarray) -> None:
+    """Write pixels of shape (height, width, 3), uint8, as an uncompressed PNG.
+
+    Stored, not deflated: deflate streams differ between zlib builds, these bytes do not.
+    """
+    from PIL import Image
+
+    with atomic(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG", compress_level=0)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image as RGB pixels of shape (height, width, 3), uint8."""
+    from PIL import Image
+
+    with _readable(path), Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Turn whatever a reader raises on a missing or damaged file into one sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run the stage that makes it, or `make reproduce`.") from None
+    except PermissionError:
+        raise UserError(f"{path} cannot be read: check its owner and mode.") from None
+    except (OSError, ValueError, KeyError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
+        raise UserError(_damaged(path, error)) from error
+    except Exception as error:
+        # safetensors and pyarrow raise classes of their own; importing them here would cost seconds.
+        if type(error).__module__.split(".")[0] in ("safetensors", "safetensors_rust", "pyarrow", "pandas"):
+            raise UserError(_damaged(path, error)) from error
+        raise
+
+
+def _damaged(path: str | Path, error: Exception) -> str:
+    reason = str(error).split("\n")[0]
+    return f"{path} is damaged ({reason}): delete it and run again to rebuild it."

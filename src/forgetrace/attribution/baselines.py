@@ -1,0 +1,97 @@
+"""Baselines that look at no weights of the attributed model: pixels, captions, chance.
+
+Pixel and text similarity are the rows of AbU's Table 1 (arXiv 2406.09408); ``pixel-l2`` stands beside
+the cosine because a cosine of pixels is dominated by the background's brightness.
+"""
+
+import numpy as np
+
+from forgetrace.artifacts import read_array, read_arrays, read_image, read_table
+from forgetrace.attribution.contract import Attributor
+from forgetrace.randomness import generator
+
+
+class Pixel(Attributor):
+    """Cosine similarity of pixels in [-1, 1]."""
+
+    summary = "cosine similarity of the pixels"
+
+    def inputs(self, query: str) -> list[str]:
+        """The index (for file names), the dataset and the query's image."""
+        return [self.layout.index, self.layout.data_manifest, self.layout.query(query)["image"]]
+
+    def scores(self, query: str) -> np.ndarray:
+        """Similarity of every training image to the query."""
+        return self.similarity(self._training_pixels(), self._pixels(self.layout.query(query)["image"]))
+
+    @staticmethod
+    def similarity(images: np.ndarray, query: np.ndarray) -> np.ndarray:
+        """(N, D) and (D,) -> (N,)."""
+        return cosine(images, query)
+
+    def _training_pixels(self) -> np.ndarray:
+        names = read_table(self.layout.index)["file_name"]
+        return np.stack([self._pixels(f"{self.layout.data}/{name}") for name in names])
+
+    @staticmethod
+    def _pixels(path: str) -> np.ndarray:
+        return read_image(path).astype(float).ravel() / 127.5 - 1
+
+
+class PixelL2(Pixel):
+    """Negative squared distance of pixels in [-1, 1]."""
+
+    summary = "negative squared distance of the pixels"
+
+    @staticmethod
+    def similarity(images: np.ndarray, query: np.ndarray) -> np.ndarray:
+        """(N, D) and (D,) -> (N,)."""
+        return -np.square(images - query).sum(axis=1)
+
+
+class Text(Attributor):
+    """Cosine similarity of the caption's and the prompt's mean token state."""
+
+    summary = "cosine similarity of caption and prompt"
+
+    def inputs(self, query: str) -> list[str]:
+        """Encoded captions and the query's prompt."""
+        return [self.layout.index, self.layout.captions, self.layout.query(query)["tensors"]]
+
+    def scores(self, query: str) -> np.ndarray:
+        """Similarity of every training caption to the prompt."""
+        rows = read_table(self.layout.index)["caption_row"].to_numpy()
+        prompt = read_arrays(self.layout.query(query)["tensors"])["prompt"]
+        pooled = pool_tokens(read_array(self.layout.captions))
+        return cosine(pooled, pool_tokens(prompt[None])[0])[rows]
+
+
+class Random(Attributor):
+    """A seeded permutation per query."""
+
+    summary = "a seeded random order per query"
+
+    def inputs(self, query: str) -> list[str]:
+        """Only the list of training images."""
+        return [self.layout.index]
+
+    def scores(self, query: str) -> np.ndarray:
+        """Independent uniform scores."""
+        count = len(read_table(self.layout.index))
+        return generator(self.layout.config.seed, "score-random", query).random(count)
+
+
+def cosine(rows: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """Cosine of each row with a vector, 0 where either is zero; (N, D) and (D,) -> (N,)."""
+    norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(vector)
+    return np.divide(rows @ vector, norms, out=np.zeros(len(rows)), where=norms > 0)
+
+
+def pool_tokens(states: np.ndarray) -> np.ndarray:
+    """Mean of the token states that are not padding; (n, tokens, width) -> (n, width), float64.
+
+    Padding is stored as zeros, see :mod:`forgetrace.encoding.text`.
+    """
+    states = states.astype(float)
+    real = np.abs(states).sum(axis=2) > 0
+    return states.sum(axis=1) / np.maximum(real.sum(axis=1, keepdims=True), 1)

@@ -1,0 +1,28 @@
+"""From scores to a ranking, with ties broken by image id so that every machine ranks alike."""
+
+import numpy as np
+import pandas as pd
+
+from forgetrace.artifacts import UserError
+
+
+def rank(image_ids: list[str], scores: np.ndarray) -> pd.DataFrame:
+    """Sort by descending score.
+
+    Args:
+        image_ids: N ids in index order.
+        scores: shape (N,), larger = more influential.
+
+    Returns:
+        Table image_id, score, rank; rank 1 first.
+
+    Raises:
+        UserError: a score is NaN or infinite.
+    """
+    if not np.isfinite(scores).all():
+        bad = image_ids[int(np.flatnonzero(~np.isfinite(scores))[0])]
+        raise UserError(f"The score of image {bad} is not finite: its scan is damaged, delete and rebuild it.")
+    table = pd.DataFrame({"image_id": image_ids, "score": scores})
+    table = table.sort_values(["score", "image_id"], ascending=[False, True], ignore_index=True)
+    table["rank"] = np.arange(1, len(table) + 1)
+    return table

@@ -1,0 +1,54 @@
+"""The attribution methods by name. Adding one: a module, a line here, an entry in a config."""
+
+from forgetrace.artifacts import UserError
+from forgetrace.attribution.baselines import Pixel, PixelL2, Random, Text
+from forgetrace.attribution.contract import Attributor
+from forgetrace.attribution.unlearning import Unlearning
+from forgetrace.config import RANDOM, Config
+from forgetrace.layout import Layout
+
+ATTRIBUTORS: dict[str, type[Attributor]] = {
+    "unlearning": Unlearning,
+    "pixel": Pixel,
+    "pixel-l2": PixelL2,
+    "text": Text,
+    RANDOM: Random,
+}
+
+
+def attributor(layout: Layout, method: str) -> Attributor:
+    """The attributor behind a method of the experiment.
+
+    Raises:
+        UserError: no such method in the config.
+    """
+    methods = layout.config.score.methods
+    if method not in methods:
+        raise UserError(f"score.methods has no '{method}' (it has {', '.join(methods)}).")
+    return ATTRIBUTORS[methods[method].attributor or method](layout, method)
+
+
+def inputs(layout: Layout, method: str, query: str) -> list[str]:
+    """Files a method's scores for a query are computed from."""
+    return attributor(layout, method).inputs(query)
+
+
+def check_methods(config: Config) -> None:
+    """Check every entry of ``score.methods`` before anything runs.
+
+    Raises:
+        UserError: an unknown attributor, or an unlearning variant that is not in the config.
+    """
+    for method, options in config.score.methods.items():
+        name = options.attributor or method
+        if name not in ATTRIBUTORS:
+            raise UserError(
+                f"score.methods.{method}: '{name}' is no attribution method; "
+                f"choose one of {', '.join(ATTRIBUTORS)}."
+            )
+        ATTRIBUTORS[name].check(config, method)
+
+
+def describe() -> str:
+    """One line per attribution method."""
+    return "\n".join(f"{name}: {kind.summary}" for name, kind in ATTRIBUTORS.items())

@@ -1,0 +1,106 @@
+"""The ``scan`` stage: the loss of every training image at every scan timestep.
+
+Two scans are compared image by image, so both use the same (t, ε). Results go to a memory-mapped
+file beside the outputs as they come; a killed scan continues with the images that are missing.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from forgetrace.artifacts import fingerprint, provenance, sha256_of, write_arrays
+from forgetrace.diffusion.device import pick_device
+from forgetrace.diffusion.loss import batched_losses
+from forgetrace.diffusion.model import load_scheduler, load_unet
+from forgetrace.diffusion.noise import NoiseBank, spaced_timesteps
+from forgetrace.encoding.store import Encoded, load_encoded
+from forgetrace.layout import Layout
+from forgetrace.progress import progress
+
+
+def scan(layout: Layout, variant: str | None = None, query: str | None = None, device: str = "auto") -> None:
+    """Scan under θ0, or under the unlearned weights of (variant, query).
+
+    Raises:
+        UserError: weights or data are missing, damaged or do not fit.
+    """
+    encoded, scheduler = load_encoded(layout), load_scheduler(layout)
+    weights = layout.unlearned(variant, query)["weights"] if variant and query else layout.weights
+    output = layout.scan(variant, query) if variant and query else layout.base_scan
+    unet = load_unet(layout, pick_device(device), weights)
+    bank = scan_noise(layout, encoded, scheduler)
+    made_by = provenance(layout.config.digest_of("seed", "scan"), {"base": layout.weights, "weights": weights})
+    partial = Path(layout.checkpoints("scan")) / f"{fingerprint([made_by, sha256_of(layout.latents)])}.npy"
+    losses = _resumable(partial, (len(encoded), len(bank.timesteps)))
+    scan_losses(unet, scheduler, encoded, bank, losses, layout.config.scan.batch_size)
+    write_arrays(output, {"losses": np.array(losses), "timesteps": bank.timesteps}, made_by)
+    partial.unlink()
+
+
+def scan_noise(layout: Layout, encoded: Encoded, scheduler: DDPMScheduler) -> NoiseBank:
+    """The noise all scans of an experiment share."""
+    settings = layout.config.scan
+    timesteps = spaced_timesteps(settings.timesteps, scheduler.config.num_train_timesteps)
+    shape = tuple(encoded.latents.shape[1:])
+    return NoiseBank(layout.config.seed, "scan", timesteps, shape, shared=settings.noise == "shared")
+
+
+def scan_losses(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    encoded: Encoded,
+    bank: NoiseBank,
+    losses: np.ndarray,
+    batch_size: int,
+    rows: np.ndarray | None = None,
+) -> None:
+    """Fill in the losses of images that are not there yet.
+
+    Args:
+        unet: the model.
+        scheduler: its schedule.
+        encoded: D.
+        bank: T timesteps with their noise.
+        losses: (N, T), float32, NaN where missing; filled in place.
+        batch_size: UNet evaluations at once; does not change the result beyond rounding.
+        rows: the images to scan, a shard of D; by default all.
+    """
+    rows = np.arange(len(encoded)) if rows is None else rows
+    missing = rows[np.isnan(losses[rows]).any(axis=1)]
+    draws = len(bank.timesteps)
+    shared = bank.draws() if bank.shared else None
+    block = max(1, batch_size // draws)
+    with progress(total=len(rows), unit="image", what="scan", done=len(rows) - len(missing)) as bar:
+        for start in range(0, len(missing), block):
+            part = missing[start : start + block]
+            noise = np.tile(shared, (len(part), 1, 1, 1)) if bank.shared else _own_noise(bank, encoded, part)
+            captions = encoded.captions[encoded.caption_rows[torch.from_numpy(part)]]
+            values = batched_losses(
+                unet,
+                scheduler,
+                encoded.batch(part).repeat_interleave(draws, dim=0),
+                captions.repeat_interleave(draws, dim=0),
+                np.tile(bank.timesteps, len(part)),
+                noise,
+                batch_size,
+            )
+            losses[part] = values.reshape(len(part), draws)
+            bar.update(len(part))
+
+
+def _own_noise(bank: NoiseBank, encoded: Encoded, rows: np.ndarray) -> np.ndarray:
+    """Noise of each (image, timestep), images outermost."""
+    draws = range(len(bank.timesteps))
+    return np.stack([bank.noise(encoded.image_ids[row], draw) for row in rows for draw in draws])
+
+
+def _resumable(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """A memory-mapped array of NaN, or what an interrupted scan left of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        return np.lib.format.open_memmap(path, mode="r+")
+    losses = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    losses[:] = np.nan
+    return losses

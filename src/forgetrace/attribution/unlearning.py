@@ -1,0 +1,51 @@
+"""Attribution by unlearning (AbU, arXiv 2406.09408, eq. 6): what is forgotten along with the query.
+
+``τ(z) = L(z, c; θ_Q) − L(z, c; θ0)`` with the same (t, ε) in both terms, mean over timesteps. The
+score ``skew`` is that of MUCS (arXiv 2605.17938): the mean of ``(L_Q − L_0) / (L_Q + L_0 + 1e-3)``.
+"""
+
+import numpy as np
+
+from forgetrace.artifacts import UserError, read_arrays
+from forgetrace.attribution.contract import Attributor
+from forgetrace.config import Config
+
+
+class Unlearning(Attributor):
+    """Loss increase of each training image after unlearning the query."""
+
+    summary = "loss increase of a training image after the model has unlearned the query (AbU)"
+
+    @classmethod
+    def check(cls, config: Config, method: str) -> None:
+        """The variant must be one of the section ``unlearn``."""
+        variant = config.score.methods[method].variant or method
+        if variant not in config.unlearn:
+            raise UserError(
+                f"score.methods.{method}: the section 'unlearn' has no variant '{variant}' "
+                f"(it has {', '.join(config.unlearn) or 'none'})."
+            )
+
+    def inputs(self, query: str) -> list[str]:
+        """The scan of θ0 and the one of the unlearned weights."""
+        return [self.layout.base_scan, self.layout.scan(self.options.variant or self.method, query)]
+
+    def scores(self, query: str) -> np.ndarray:
+        """Mean over timesteps of the chosen score."""
+        before, after = (read_arrays(path) for path in self.inputs(query))
+        if not np.array_equal(before["timesteps"], after["timesteps"]):
+            raise UserError(f"{self.inputs(query)[1]} was scanned at other timesteps than θ0: delete both scans.")
+        return SCORES[self.options.score](before["losses"].astype(float), after["losses"].astype(float))
+
+
+def difference(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """AbU's score: mean increase over timesteps; (N, T) and (N, T) -> (N,)."""
+    return (after - before).mean(axis=1)
+
+
+def skew(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """MUCS's score: mean relative increase; (N, T) and (N, T) -> (N,)."""
+    return ((after - before) / (after + before + 1e-3)).mean(axis=1)
+
+
+SCORES = {"difference": difference, "skew": skew}

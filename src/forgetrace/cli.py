@@ -1,0 +1,228 @@
+"""The command line: one subcommand per stage, each of them parse, load, call, save.
+
+Heavy imports happen inside the commands, so that ``--help`` and Snakemake's DAG stay quick.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forgetrace.artifacts import UserError
+from forgetrace.attribution.registry import check_methods, describe
+from forgetrace.layout import Layout, load_layout
+
+app = typer.Typer(
+    help="Which training images made this generated image? One subcommand per stage of the workflow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Option("--config", help="The experiment: config/<name>.yaml.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …; auto takes CUDA where there is one.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; does not change the result beyond rounding.")]
+QueryName = Annotated[str, typer.Option("--query", help="Name of a query, such as report-00.")]
+
+
+def _experiment(config: Path, query: str | None = None) -> Layout:
+    layout = load_layout(config)
+    check_methods(layout.config)
+    if query is not None and query not in (names := layout.config.queries()):
+        raise UserError(f"--query {query}: {config} has no such query (it has {', '.join(names)}).")
+    return layout
+
+
+def _use(threads: int | None) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _variant(layout: Layout, variant: str) -> str:
+    if variant not in layout.config.unlearn:
+        known = ", ".join(layout.config.unlearn) or "none"
+        raise UserError(f"--variant {variant}: the section 'unlearn' has no such variant (it has {known}).")
+    return variant
+
+
+@app.command()
+def prepare(config: ConfigPath) -> None:
+    """Build the dataset: images, captions and caption pools."""
+    from forgetrace.datasets.prepare import prepare
+
+    layout = _experiment(config)
+    prepare(layout.config.prepare, layout.data)
+
+
+@app.command()
+def encode(config: ConfigPath) -> None:
+    """Turn training images into latents and captions into token states."""
+    from forgetrace.encoding.encode import encode
+
+    encode(_experiment(config))
+
+
+@app.command()
+def train(config: ConfigPath, device: Device = "auto") -> None:
+    """Train the attributed model θ0 (several GPUs: accelerate launch -m forgetrace.cli train …)."""
+    from forgetrace.diffusion.base import train_base
+
+    train_base(_experiment(config), device)
+
+
+@app.command()
+def synthesize(config: ConfigPath, query: QueryName, threads: Threads = None, device: Device = "auto") -> None:
+    """Generate one query, or read it from the user's image file."""
+    from forgetrace.diffusion.synthesis import synthesize
+
+    _use(threads)
+    synthesize(_experiment(config, query), query, device)
+
+
+@app.command()
+def fit(config: ConfigPath, threads: Threads = None, device: Device = "auto") -> None:
+    """Estimate the Fisher information of the training loss at θ0."""
+    from forgetrace.curvature.fit import fit
+
+    _use(threads)
+    fit(_experiment(config), device)
+
+
+@app.command()
+def unlearn(
+    config: ConfigPath,
+    variant: Annotated[str, typer.Option(help="A variant of the config's section unlearn.")],
+    query: QueryName,
+    threads: Threads = None,
+    device: Device = "auto",
+) -> None:
+    """Make the model forget one query."""
+    from forgetrace.unlearning.variants import unlearn_query
+
+    _use(threads)
+    layout = _experiment(config, query)
+    unlearn_query(layout, _variant(layout, variant), query, device)
+
+
+@app.command()
+def sweep(
+    config: ConfigPath,
+    variant: Annotated[str, typer.Option(help="A variant of the config's section unlearn.")],
+    queries: Annotated[int, typer.Option(help="Captions of the tuning pool to use.", min=1)] = 4,
+    share: Annotated[float, typer.Option(help="Largest relative rise of the loss of other images.")] = 0.01,
+    table: Annotated[Path | None, typer.Option(help="Also write what was tried, as .csv.")] = None,
+    threads: Threads = None,
+    device: Device = "auto",
+) -> None:
+    """Choose a variant's step size on tuning queries, without any counterfactual."""
+    from forgetrace.artifacts import write_table
+    from forgetrace.unlearning.sweep import sweep
+
+    _use(threads)
+    layout = _experiment(config)
+    chosen, tried = sweep(layout, _variant(layout, variant), queries, share, device)
+    if table:
+        write_table(table, tried)
+    summary = tried.groupby("step_size")[["query_before", "query_after", "others_before", "others_after"]].mean()
+    typer.echo(summary.to_string(float_format="%.6g"))
+    typer.echo(f"step_size: {chosen:.1e}  # largest that raises other images' loss by at most {share:.1%}")
+
+
+@app.command()
+def scan(
+    config: ConfigPath,
+    variant: Annotated[str | None, typer.Option(help="Unlearning variant; without it θ0 is scanned.")] = None,
+    query: Annotated[str | None, typer.Option(help="Query that was unlearned; goes with --variant.")] = None,
+    threads: Threads = None,
+    device: Device = "auto",
+) -> None:
+    """Loss of every training image and timestep."""
+    from forgetrace.attribution.scan import scan
+
+    if (variant is None) != (query is None):
+        raise UserError("--variant and --query go together; without both, θ0 is scanned.")
+    _use(threads)
+    layout = _experiment(config, query)
+    scan(layout, _variant(layout, variant) if variant else None, query, device)
+
+
+@app.command(help=f"Rank the training images for one query.\n\n\b\nAttribution methods:\n{describe()}")
+def score(
+    config: ConfigPath,
+    method: Annotated[str, typer.Option(help="A method of the config's section score.")],
+    query: QueryName,
+) -> None:  # noqa: D103 - its help is built from the registry
+    from forgetrace.attribution.score import score
+
+    score(_experiment(config, query), method, query)
+
+
+@app.command()
+def retrain(
+    config: ConfigPath,
+    method: Annotated[str, typer.Option(help="A method of retrain.methods, random, or seed.")],
+    k: Annotated[int, typer.Option(help="Images to leave out (0 for seed).")],
+    member: Annotated[str, typer.Option(help="A query, or draw<i> for random and seed.")],
+    device: Device = "auto",
+) -> None:
+    """Train a leave-K-out model from scratch, and measure it where it belongs to one query."""
+    from forgetrace.counterfactual.retrain import retrain
+
+    retrain(_experiment(config), method, k, member, device)
+
+
+@app.command()
+def measure(config: ConfigPath, query: QueryName, threads: Threads = None, device: Device = "auto") -> None:
+    """Ask θ0 and the retrainings all queries share for one query's loss and image."""
+    from forgetrace.counterfactual.retrain import measure_shared
+
+    _use(threads)
+    measure_shared(_experiment(config, query), query, device)
+
+
+@app.command()
+def evaluate(config: ConfigPath) -> None:
+    """Turn measurements into tables with intervals and tests."""
+    from forgetrace.evaluation.tables import evaluate
+
+    evaluate(_experiment(config))
+
+
+@app.command()
+def figures(
+    config: ConfigPath,
+    name: Annotated[str, typer.Option(help="training, delta, attribution-<query> or counterfactual-<query>.")],
+) -> None:
+    """Draw one figure as PNG and PDF."""
+    from forgetrace.figures.catalogue import draw
+
+    draw(_experiment(config), name)
+
+
+@app.command()
+def schema(
+    write: Annotated[bool, typer.Option(help="Write the schema and the key tables into the repository.")] = False,
+) -> None:
+    """Print the JSON schema of a config."""
+    from forgetrace.schema import print_or_write
+
+    print_or_write(write)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends with one sentence and exit code 1."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        app()
+    except UserError as error:
+        print(f"forgetrace: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

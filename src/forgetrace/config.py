@@ -1,0 +1,298 @@
+"""An experiment as one validated object; nothing here imports torch.
+
+``config/<experiment>.yaml`` holds one section per stage. The JSON schema Snakemake validates against
+and the key tables of ``config/README.md`` are generated from these models (``forgetrace schema``),
+so a key is described once, here.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from forgetrace.artifacts import UserError
+
+NAME = r"^[a-z0-9]([a-z0-9_.-]*[a-z0-9])?$"
+Name = Annotated[str, Field(pattern=NAME)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+# Images a bundled dataset yields; lets an impossible K stop before any job has run.
+DATASET_SIZES = {"digits": 5000}
+SEED_SET = "seed"  # the "method" of retrainings on all of D: only the training seed differs
+RANDOM = "random"
+
+
+class Section(BaseModel):
+    """Base of all sections: an unknown key is an error, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Prepare(Section):
+    """Build the dataset: images, captions and the split into pools."""
+
+    dataset: Literal["digits"] = Field("digits", description="Dataset source; data goes to data/<dataset>.")
+    seed: int = Field(0, description="Seed of the colours and of the caption split.")
+    tuning_captions: Positive = Field(60, description="Distinct captions held out for choosing settings.")
+    report_captions: Positive = Field(60, description="Distinct captions held out for reported queries.")
+
+
+class Encode(Section):
+    """Turn images into latents and captions into token states."""
+
+    image_encoder: Literal["pixel-unshuffle"] = Field(
+        "pixel-unshuffle", description="Image encoder; pixel-unshuffle is exact and has no weights."
+    )
+    factor: Positive = Field(2, description="Pixel-unshuffle factor: latents have 3·factor² channels.")
+    text_encoder: Literal["minilm"] = Field("minilm", description="Text encoder whose token states condition.")
+    max_images: Positive | None = Field(
+        None, description="Use only this many training images, drawn with the experiment's seed (null: all)."
+    )
+
+
+class Train(Section):
+    """The diffusion model's architecture and training recipe, shared by θ0 and every retraining."""
+
+    channels: list[Positive] = Field([32, 64], description="Channels of the UNet's resolutions.", min_length=1)
+    cross_attention: list[bool] = Field(
+        [False, True], description="Which resolutions attend to the caption; the middle block always does."
+    )
+    layers_per_block: Positive = Field(1, description="Residual layers of each block.")
+    attention_heads: Positive = Field(2, description="Heads of every attention layer.")
+    norm_groups: Positive = Field(8, description="Groups of every group normalisation.")
+    prediction: Literal["v_prediction", "epsilon"] = Field("v_prediction", description="Training target.")
+    schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = Field(
+        "squaredcos_cap_v2", description="Noise schedule, in diffusers' names."
+    )
+    timesteps: Positive = Field(1000, description="Length of the noise schedule.")
+    steps: Positive = Field(2000, description="Optimiser steps (never epochs: removing images keeps it).")
+    batch_size: Positive = Field(64, description="Images per step over all processes.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    warmup_steps: int = Field(100, ge=0, description="Linear warm-up; cosine decay to zero follows.")
+    gradient_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+    ema_decay: float = Field(0.995, ge=0, lt=1, description="Decay of the weight average that is kept.")
+    caption_dropout: float = Field(
+        0.1, ge=0, lt=1, description="Share of captions replaced by the empty one, for guidance."
+    )
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "auto", description="Training precision; auto takes bf16 where the hardware multiplies it natively."
+    )
+    threads: Positive = Field(1, description="CPU threads of one training; the same for θ0 and retrainings.")
+    snapshots: Positive = Field(4, description="Evenly spaced snapshots kept with their learning rates.")
+    checkpoint_every: Positive = Field(250, description="Steps between checkpoints a killed run resumes from.")
+
+    @model_validator(mode="after")
+    def _levels(self):
+        if len(self.cross_attention) != len(self.channels):
+            raise ValueError("cross_attention needs one entry per entry of channels")
+        if self.warmup_steps >= self.steps:
+            raise ValueError("warmup_steps must be smaller than steps")
+        if any(width % self.norm_groups or width % self.attention_heads for width in self.channels):
+            raise ValueError("every entry of channels must be divisible by norm_groups and attention_heads")
+        return self
+
+    def snapshot_steps(self) -> list[int]:
+        """Numbers of finished steps at which a snapshot is kept; the last is the end of training."""
+        return [self.steps * (i + 1) // self.snapshots for i in range(self.snapshots)]
+
+
+class PoolQueries(Section):
+    """Queries generated from the first captions of a held-out pool."""
+
+    pool: Literal["tuning", "report"] = Field(description="Held-out caption pool the prompts come from.")
+    count: Positive = Field(description="How many of its captions to use; names are <pool>-00, <pool>-01, …")
+
+
+class ImageQuery(Section):
+    """One query: an image file of the user's (no ΔG, for want of its initial noise)."""
+
+    name: Name = Field(description="Name of the query in every path.")
+    image: str = Field(description="Image file, resized to the dataset's size.")
+    prompt: str = Field(description="The prompt it was generated from.")
+
+
+class Synthesize(Section):
+    """Generate the images whose influence is asked for."""
+
+    queries: list[PoolQueries | ImageQuery] = Field(
+        [PoolQueries(pool="report", count=4)], description="Pools to draw from, or image files.", min_length=1
+    )
+    sampler_steps: Positive = Field(25, description="DDIM steps.")
+    guidance: float = Field(1.0, ge=0, description="Classifier-free guidance scale; 1 is none.")
+
+
+class Fit(Section):
+    """What a method needs once per model: here the diagonal Fisher information."""
+
+    draws: Positive = Field(10000, description="Draws of (image, caption, t, ε), one per-example gradient each.")
+    chunk: Positive = Field(16, description="Per-example gradients held in memory at once.")
+
+
+class Variant(Section):
+    """One way to unlearn a query."""
+
+    curvature: Literal["diagonal", "none"] = Field(
+        "diagonal", description="Fisher that preconditions the step; none is plain gradient ascent."
+    )
+    weights: Literal["cross-attn-kv", "cross-attn", "attn", "all"] = Field(
+        "all", description="Weights that may change."
+    )
+    step_size: float = Field(gt=0, description="α of the step (α/N)(F+λ)⁻¹∇L; without curvature, α·∇L.")
+    steps: Positive = Field(1, description="Steps, each with a fresh gradient.")
+    draws: Positive = Field(2048, description="Draws of (t, ε) for each gradient.")
+    damping: float = Field(0.1, ge=0, description="λ of each layer as a multiple of its mean Fisher entry.")
+
+
+class Scan(Section):
+    """Loss per training image and timestep."""
+
+    timesteps: Positive = Field(20, description="Evenly spaced timesteps, from 0.")
+    noise: Literal["shared", "per-image"] = Field(
+        "shared", description="One noise per timestep for all images, or one per image and timestep."
+    )
+    batch_size: Positive = Field(250, description="UNet evaluations at once; does not change the result.")
+
+
+class Method(Section):
+    """A row of the result tables: an attributor of the registry with its options."""
+
+    attributor: str | None = Field(None, description="Registered attributor; by default the method's own name.")
+    variant: str | None = Field(None, description="Unlearning variant it uses; by default the method's name.")
+    score: Literal["difference", "skew"] = Field(
+        "difference", description="How a loss before and after becomes a score (unlearning only)."
+    )
+
+
+class Score(Section):
+    """Which methods rank the training images."""
+
+    methods: dict[Name, Method] = Field(description="Methods by name.", min_length=1)
+
+
+class Retrain(Section):
+    """Leave-K-out models, trained from scratch with the recipe of θ0."""
+
+    methods: list[str] = Field([], description="Methods judged by retraining (random is always judged).")
+    k: list[Positive] = Field([200], description="How many top-ranked images to leave out.")
+    random_draws: Positive = Field(3, description="Random sets per K, shared by all queries.")
+    seeds: int = Field(2, ge=0, description="Retrainings on all images with other seeds: the noise floor.")
+    keep_weights: bool = Field(False, description="Keep the weights of query-specific leave-K-out models.")
+
+
+class Evaluate(Section):
+    """What the leave-K-out models say."""
+
+    timestep_stride: Positive = Field(5, description="Stride of the timesteps that ΔL averages over.")
+    draws: Positive = Field(2, description="Noise draws per timestep for ΔL.")
+    encoder: Literal["efficientnet-lite0"] = Field(
+        "efficientnet-lite0", description="Image encoder of the similarity column."
+    )
+    bootstrap: Positive = Field(10000, description="Bootstrap resamples of every interval.")
+
+
+class Figures(Section):
+    """Plots and image grids."""
+
+    top: Positive = Field(12, description="Top-ranked images shown per method.")
+
+
+class Config(Section):
+    """One experiment."""
+
+    seed: int = Field(0, ge=0, description="Seed every random number of the experiment derives from.")
+    prepare: Prepare = Prepare()
+    encode: Encode = Encode()
+    train: Train = Train()
+    synthesize: Synthesize = Synthesize()
+    fit: Fit = Fit()
+    unlearn: dict[Name, Variant] = Field({}, description="Unlearning variants by name.")
+    scan: Scan = Scan()
+    score: Score
+    retrain: Retrain = Retrain()
+    evaluate: Evaluate = Evaluate()
+    figures: Figures = Figures()
+
+    @model_validator(mode="after")
+    def _coherent(self):
+        limit = self.encode.max_images or DATASET_SIZES[self.prepare.dataset]
+        if largest := [k for k in self.retrain.k if k >= limit]:
+            raise ValueError(
+                f"retrain.k: {largest[0]} images cannot be left out of {limit}; choose a smaller K"
+            )
+        for method in self.retrain.methods:
+            if method not in self.score.methods:
+                raise ValueError(f"retrain.methods: '{method}' is not one of score.methods")
+        names = self.queries()
+        if len(set(names)) != len(names):
+            raise ValueError("synthesize.queries: two queries have the same name")
+        for pool in self.synthesize.queries:
+            size = isinstance(pool, PoolQueries) and getattr(self.prepare, f"{pool.pool}_captions")
+            if size and pool.count > size:
+                raise ValueError(
+                    f"synthesize.queries: the pool '{pool.pool}' has only {size} captions, not {pool.count}"
+                )
+        return self
+
+    def queries(self) -> list[str]:
+        """Names of all queries, in the order of the config."""
+        names = []
+        for entry in self.synthesize.queries:
+            if isinstance(entry, PoolQueries):
+                names += [f"{entry.pool}-{i:02d}" for i in range(entry.count)]
+            else:
+                names.append(entry.name)
+        return names
+
+    def image_query(self, name: str) -> ImageQuery | None:
+        """The user's image behind a query, or None where the query is drawn from a pool."""
+        own = (q for q in self.synthesize.queries if isinstance(q, ImageQuery) and q.name == name)
+        return next(own, None)
+
+    def digest_of(self, *sections: str) -> dict:
+        """The named sections as plain data: what an output records of the config that made it."""
+        plain = self.model_dump(mode="json")
+        return {section: plain[section] for section in sections}
+
+
+def load_config(path: str | Path) -> Config:
+    """Read and validate ``config/<experiment>.yaml``.
+
+    Raises:
+        UserError: the file is missing, is no YAML mapping, or a key or value is wrong; the
+            message names file and key.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read the config {path}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        where = re.sub(r"\s+", " ", str(error))
+        raise UserError(f"{path} is not valid YAML: {where}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold sections such as 'train:' and 'score:', see config/README.md.")
+    return parse_config(content, path)
+
+
+def parse_config(content: dict, path: str | Path) -> Config:
+    """Validate an already parsed config; ``path`` is only named in errors.
+
+    Raises:
+        UserError: one sentence per wrong key or value.
+    """
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        lines = "; ".join(_sentence(problem) for problem in error.errors())
+        raise UserError(f"{path}: {lines} (every key is explained in config/README.md).") from None
+
+
+def _sentence(problem: dict) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}'"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"'{key}': {message}" if key else message

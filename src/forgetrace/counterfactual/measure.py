@@ -1,0 +1,73 @@
+"""What a model says of a query: its loss, and the image it makes of the same noise and prompt."""
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+
+from forgetrace.artifacts import fingerprint, read_arrays, read_image, sha256_of, write_image, write_json
+from forgetrace.diffusion.loss import batched_losses
+from forgetrace.diffusion.model import load_scheduler
+from forgetrace.diffusion.noise import NoiseBank
+from forgetrace.diffusion.synthesis import regenerate
+from forgetrace.encoding.latents import to_pixels
+from forgetrace.layout import Layout
+
+
+def measure(layout: Layout, unet: UNet2DConditionModel, model: tuple[str, int, str], query: str, key: str) -> None:
+    """Write a model's losses on a query and the regenerated image.
+
+    Args:
+        layout: the experiment.
+        unet: the model.
+        model: its name (method, k, member).
+        query: the query.
+        key: fingerprint of everything the measurement depends on, kept with it.
+    """
+    files, arrays = layout.measure(*model, query), read_arrays(layout.query(query)["tensors"])
+    timesteps, losses = query_losses(layout, unet, arrays)
+    regenerated = "initial_noise" in arrays
+    if regenerated:
+        latent = regenerate(layout, unet, arrays["initial_noise"], arrays["prompt"])
+        pixels = to_pixels(latent[None], layout.config.encode.factor)[0]
+    else:
+        # A user's image has no initial noise to regenerate it from; the query stands in for it.
+        pixels = read_image(layout.query(query)["image"])
+    write_image(files["image"], pixels)
+    record = {"query": query, "method": model[0], "k": int(model[1]), "member": model[2]}
+    record |= {"key": key, "regenerated": regenerated, "loss": float(losses.mean())}
+    record |= {"timesteps": timesteps.tolist(), "losses": [round(float(value), 8) for value in losses]}
+    write_json(files["losses"], record)
+
+
+def query_losses(layout: Layout, unet: UNet2DConditionModel, arrays: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Losses at every ``timestep_stride``-th timestep on a bank shared by all models and queries.
+
+    Returns:
+        Timesteps (T,), int64, and losses averaged over the draws of each timestep, (T,), float64.
+    """
+    scheduler, settings = load_scheduler(layout), layout.config.evaluate
+    timesteps = np.arange(0, scheduler.config.num_train_timesteps, settings.timestep_stride, dtype=np.int64)
+    shape = arrays["latent"].shape
+    bank = NoiseBank(layout.config.seed, "evaluate", np.tile(timesteps, settings.draws), shape)
+    count = len(bank.timesteps)
+    losses = batched_losses(
+        unet,
+        scheduler,
+        torch.from_numpy(arrays["latent"]).expand(count, -1, -1, -1),
+        torch.from_numpy(arrays["prompt"]).expand(count, -1, -1),
+        bank.timesteps,
+        bank.draws(),
+    )
+    return timesteps, losses.reshape(settings.draws, -1).mean(axis=0)
+
+
+def measure_key(layout: Layout, query: str, model_key: str) -> str:
+    """Fingerprint of what a measurement depends on: the model, the query, how it is measured."""
+    return fingerprint(
+        {
+            "model": model_key,
+            "query": sha256_of(layout.query(query)["tensors"]),
+            "evaluate": layout.config.evaluate.model_dump(include={"timestep_stride", "draws"}),
+            "sampler": layout.config.synthesize.model_dump(include={"sampler_steps", "guidance"}),
+        }
+    )

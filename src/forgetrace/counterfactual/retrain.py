@@ -1,0 +1,91 @@
+"""The ``retrain`` stage: leave-K-out models and what they say of the queries.
+
+A query's own leave-K-out model is trained, measured on that query and thrown away (unless
+``keep_weights``); what it said stays, with the fingerprint of what it depends on. A rerun that finds the
+same fingerprint keeps the measurement: hours of training are not redone because a file is newer.
+Models shared by all queries (random sets, other seeds) keep their weights, and ``measure`` asks them.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from forgetrace.artifacts import UserError, provenance, read_json, sha256_of, write_tensors
+from forgetrace.config import RANDOM, SEED_SET
+from forgetrace.counterfactual.measure import measure, measure_key
+from forgetrace.counterfactual.sets import training_of
+from forgetrace.diffusion.device import pick_device, resolve_precision
+from forgetrace.diffusion.model import build_unet, load_unet
+from forgetrace.diffusion.training import Training, Weights, discard_checkpoints, train, training_key
+from forgetrace.encoding.store import Encoded, load_encoded
+from forgetrace.layout import Layout
+
+log = logging.getLogger(__name__)
+
+
+def retrain(layout: Layout, method: str, k: int, member: str, device: str = "auto") -> None:
+    """Train the model (method, k, member); measure it, or keep its weights where it is shared.
+
+    Raises:
+        UserError: as :func:`training_of` and :func:`forgetrace.diffusion.training.train`.
+    """
+    encoded = load_encoded(layout)
+    training = training_of(layout, encoded, method, k, member)
+    if method in (RANDOM, SEED_SET):
+        _keep(layout, training, *_train(layout, encoded, training, device), layout.retrained(method, k, member))
+        return
+    precision = resolve_precision(layout.config.train.precision, pick_device(device))
+    key = measure_key(layout, member, training_key(layout, training, precision))
+    if _is_measured(layout.measure(method, k, member, member), key):
+        log.warning("%s is already measured: kept.", training.name)
+        return
+    weights, record = _train(layout, encoded, training, device)
+    if not PartialState().is_main_process:
+        return
+    if layout.config.retrain.keep_weights:
+        _keep(layout, training, weights, record, layout.retrained(method, k, member))
+    unet = _with_weights(layout, encoded, weights, device)
+    measure(layout, unet, (method, k, member), member, key)
+    discard_checkpoints(layout, training.name)
+
+
+def measure_shared(layout: Layout, query: str, device: str = "auto") -> None:
+    """Measure θ0 and all shared retrainings on one query."""
+    for model in layout.shared_models():
+        weights = layout.retrained(*model)
+        unet = load_unet(layout, pick_device(device), weights)
+        measure(layout, unet, model, query, measure_key(layout, query, sha256_of(weights)))
+
+
+def _train(layout: Layout, encoded: Encoded, training: Training, device: str) -> tuple[Weights, dict]:
+    weights, _, record = train(layout, encoded, training, device)
+    return weights, record
+
+
+def _keep(layout: Layout, training: Training, weights: Weights, record: dict, path: str) -> None:
+    if not PartialState().is_main_process:
+        return
+    made_by = provenance(layout.config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
+    write_tensors(path, weights, made_by | record)
+    discard_checkpoints(layout, training.name)
+
+
+def _with_weights(layout: Layout, encoded: Encoded, weights: Weights, device: str) -> torch.nn.Module:
+    """A model of the recipe with trained weights, ready to be measured."""
+    shape, width = tuple(encoded.latents.shape[1:]), encoded.captions.shape[2]
+    unet = build_unet(layout.config.train, shape, width, seed=0)
+    unet.load_state_dict(weights)
+    unet.requires_grad_(False).eval()
+    return unet.to(pick_device(device), memory_format=torch.channels_last)
+
+
+def _is_measured(files: dict[str, str], key: str) -> bool:
+    """Whether an earlier run left the measurement with this fingerprint."""
+    if not all(Path(path).is_file() for path in files.values()):
+        return False
+    try:
+        return read_json(files["losses"]).get("key") == key
+    except UserError:
+        return False

@@ -1,0 +1,48 @@
+"""Which images a retraining leaves out."""
+
+import numpy as np
+
+from forgetrace.artifacts import UserError, read_table
+from forgetrace.config import RANDOM, SEED_SET
+from forgetrace.diffusion.training import Training
+from forgetrace.encoding.store import Encoded
+from forgetrace.layout import Layout
+from forgetrace.randomness import generator
+
+
+def training_of(layout: Layout, encoded: Encoded, method: str, k: int, member: str) -> Training:
+    """The retraining named (method, k, member).
+
+    Args:
+        layout: the experiment.
+        encoded: D.
+        method: a scored method, ``random``, or ``seed`` (nothing removed, another training seed).
+        k: images to leave out.
+        member: the query whose top k are removed, or ``draw<i>`` for random sets and seeds.
+
+    Raises:
+        UserError: k leaves nothing to train on, or the ranking does not fit the data.
+    """
+    name, seed = f"{method}-k{k}-{member}", layout.config.seed
+    removed = np.zeros(len(encoded), dtype=bool)
+    if method == SEED_SET:
+        # Seeds of retrainings are derived, so that no draw repeats θ0's.
+        return Training(name, int(generator(seed, "retrain", member).integers(2**31)), removed)
+    if k >= len(encoded):
+        raise UserError(f"retrain.k: {k} images cannot be left out of {len(encoded)}; choose a smaller K.")
+    if method == RANDOM:
+        removed[generator(seed, "leave out", k, member).permutation(len(encoded))[:k]] = True
+    else:
+        removed[_top(layout, encoded, method, k, member)] = True
+    return Training(name, seed, removed)
+
+
+def _top(layout: Layout, encoded: Encoded, method: str, k: int, query: str) -> list[int]:
+    """Rows of a method's k most influential images for a query."""
+    ranking = read_table(layout.score(method, query))
+    row_of = {image_id: row for row, image_id in enumerate(encoded.image_ids)}
+    if set(ranking["image_id"]) != set(row_of):
+        raise UserError(
+            f"{layout.score(method, query)} ranks other images than the experiment trains on: delete it and run again."
+        )
+    return [row_of[image_id] for image_id in ranking.sort_values("rank")["image_id"].head(k)]

@@ -1,0 +1,37 @@
+"""The ``train`` stage: θ0 with its snapshots, curve and recipe."""
+
+import numpy as np
+from accelerate import PartialState
+
+from forgetrace.artifacts import provenance, write_json, write_table, write_tensors
+from forgetrace.diffusion.model import build_scheduler, build_unet, save_architecture
+from forgetrace.diffusion.training import Training, discard_checkpoints, learning_rate, train
+from forgetrace.encoding.store import load_encoded
+from forgetrace.layout import BASE, Layout
+
+
+def train_base(layout: Layout, device: str = "auto") -> None:
+    """Train θ0 on all of D and write it in diffusers' layout.
+
+    Raises:
+        UserError: as :func:`forgetrace.diffusion.training.train`.
+    """
+    config, encoded = layout.config, load_encoded(layout)
+    made_by = provenance(config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
+    snapshot_path = dict(zip(config.train.snapshot_steps(), layout.snapshots, strict=True))
+
+    def on_snapshot(step: int, weights: dict) -> None:
+        # TracIn weighs a snapshot's gradients by the learning rate it was trained with.
+        rate = {"step": step, "learning_rate": learning_rate(config.train, step - 1)}
+        write_tensors(snapshot_path[step], weights, made_by | rate)
+
+    training = Training(BASE, config.seed, np.zeros(len(encoded), dtype=bool))
+    weights, curve, record = train(layout, encoded, training, device, on_snapshot)
+    if not PartialState().is_main_process:
+        return
+    shape, width = tuple(encoded.latents.shape[1:]), encoded.captions.shape[2]
+    save_architecture(build_unet(config.train, shape, width, config.seed), build_scheduler(config.train), layout)
+    write_tensors(layout.weights, weights, made_by)
+    write_table(layout.curve, curve)
+    write_json(layout.recipe, record | {"made_by": made_by})
+    discard_checkpoints(layout, BASE)

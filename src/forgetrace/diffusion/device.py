@@ -1,0 +1,50 @@
+"""Where the work runs and in which precision."""
+
+import functools
+
+import torch
+
+from forgetrace.artifacts import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device to compute on.
+
+    Args:
+        name: ``auto`` (CUDA if there is one, else CPU) or a torch device such as ``cpu`` or ``cuda:1``.
+
+    Raises:
+        UserError: the named device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu.") from None
+    return device
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 faster than fp32; emulated bf16 is many times slower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return _cpu_has_bf16()
+
+
+@functools.cache
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = open("/proc/cpuinfo").read()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``fp32`` or ``bf16`` for a config's precision."""
+    if precision == "auto":
+        return "bf16" if native_bf16(device) else "fp32"
+    return precision

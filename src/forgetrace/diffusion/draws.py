@@ -1,0 +1,69 @@
+"""Common random numbers: what a training draws at a step, whatever images were removed.
+
+Every step draws images, timesteps, noise and dropped captions from (seed, step) over the whole of
+D; where a removed image comes up, that slot alone is drawn again. A leave-K-out model then differs
+from θ0 by what was removed, not by a reshuffled order.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from forgetrace.randomness import generator
+
+
+@dataclass(frozen=True)
+class StepDraw:
+    """One step's batch.
+
+    Attributes:
+        rows: images, (B,), int64.
+        timesteps: (B,), int64.
+        noise: (B, C, H, W), float32.
+        dropped: where the caption is replaced by the empty one, (B,), bool.
+    """
+
+    rows: np.ndarray
+    timesteps: np.ndarray
+    noise: np.ndarray
+    dropped: np.ndarray
+
+
+def draw_step(
+    seed: int,
+    step: int,
+    removed: np.ndarray,
+    batch_size: int,
+    length: int,
+    latent_shape: tuple[int, ...],
+    caption_dropout: float,
+) -> StepDraw:
+    """The batch of a step.
+
+    Args:
+        seed: the training's seed.
+        step: from 0.
+        removed: which of the N images are left out, (N,), bool.
+        batch_size: B.
+        length: number of timesteps of the schedule.
+        latent_shape: (C, H, W).
+        caption_dropout: share of dropped captions.
+    """
+    stream = generator(seed, "train", step)
+    rows = stream.integers(len(removed), size=batch_size)
+    timesteps = stream.integers(length, size=batch_size)
+    dropped = stream.random(batch_size) < caption_dropout
+    noise = stream.standard_normal((batch_size, *latent_shape), dtype=np.float32)
+    return StepDraw(_redraw(rows, removed, seed, step), timesteps, noise, dropped)
+
+
+def _redraw(rows: np.ndarray, removed: np.ndarray, seed: int, step: int) -> np.ndarray:
+    """Replace removed images; every slot has its own sequence of substitutes."""
+    if removed.all():
+        raise ValueError("every training image is removed")
+    rows = rows.copy()
+    stream = generator(seed, "redraw", step)
+    while (gone := removed[rows]).any():
+        substitutes = stream.integers(len(removed), size=len(rows))
+        rows[gone] = substitutes[gone]
+    return rows

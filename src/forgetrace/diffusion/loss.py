@@ -1,0 +1,91 @@
+"""The training loss L(z, c; θ) per example, and the target it compares with."""
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+
+def noised(scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor):
+    """The noised latents z_t and the target (ε or v, whatever the schedule predicts).
+
+    Args:
+        scheduler: the training schedule.
+        latents: (B, C, H, W).
+        noise: (B, C, H, W).
+        timesteps: (B,), int64.
+
+    Returns:
+        Two tensors (B, C, H, W).
+    """
+    inputs = scheduler.add_noise(latents, noise, timesteps)
+    if scheduler.config.prediction_type == "v_prediction":
+        return inputs, scheduler.get_velocity(latents, noise, timesteps)
+    return inputs, noise
+
+
+def example_losses(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    captions: torch.Tensor,
+    timesteps: torch.Tensor,
+    noise: torch.Tensor,
+) -> torch.Tensor:
+    """Mean squared error over the elements of each example: ``‖target − f_θ(z_t, t, c)‖² / (C·H·W)``.
+
+    Args:
+        unet: f_θ.
+        scheduler: the training schedule.
+        latents: z, (B, C, H, W).
+        captions: token states, (B, tokens, width).
+        timesteps: (B,), int64.
+        noise: ε, (B, C, H, W).
+
+    Returns:
+        Losses (B,), float32.
+    """
+    inputs, target = noised(scheduler, latents, noise, timesteps)
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    prediction = unet(inputs, timesteps, encoder_hidden_states=captions, return_dict=False)[0]
+    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+@torch.no_grad()
+def batched_losses(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    captions: torch.Tensor,
+    timesteps: np.ndarray,
+    noise: np.ndarray,
+    batch: int = 128,
+) -> np.ndarray:
+    """:func:`example_losses` of n examples, a batch at a time on the model's device.
+
+    Args:
+        unet: f_θ.
+        scheduler: the training schedule.
+        latents: z, (n, C, H, W).
+        captions: token states, (n, tokens, width).
+        timesteps: (n,), int64.
+        noise: ε, (n, C, H, W), float32.
+        batch: examples at once.
+
+    Returns:
+        Losses (n,), float64.
+    """
+    device = next(unet.parameters()).device
+    losses = []
+    for start in range(0, len(timesteps), batch):
+        part = slice(start, start + batch)
+        losses.append(
+            example_losses(
+                unet,
+                scheduler,
+                latents[part].to(device),
+                captions[part].to(device),
+                torch.from_numpy(timesteps[part]).to(device),
+                torch.from_numpy(noise[part]).to(device),
+            ).cpu()
+        )
+    return torch.cat(losses).double().numpy()

@@ -1,0 +1,104 @@
+"""The attributed model: a diffusers UNet with its noise schedule, built, saved and loaded."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from forgetrace.artifacts import UserError, atomic, read_json, read_tensors
+from forgetrace.config import Train
+from forgetrace.layout import Layout
+from forgetrace.randomness import generator
+
+
+def build_unet(
+    recipe: Train, latent_shape: tuple[int, int, int], caption_width: int, seed: int
+) -> UNet2DConditionModel:
+    """A UNet with freshly drawn weights.
+
+    Args:
+        recipe: the architecture.
+        latent_shape: (C, H, W) of a latent.
+        caption_width: width of a token state.
+        seed: seed of the weights; equal seeds give equal weights.
+    """
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in recipe.cross_attention]
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(recipe.cross_attention)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(generator(seed, "weights").integers(2**62)))
+        return UNet2DConditionModel(
+            sample_size=latent_shape[-1],
+            in_channels=latent_shape[0],
+            out_channels=latent_shape[0],
+            layers_per_block=recipe.layers_per_block,
+            block_out_channels=tuple(recipe.channels),
+            down_block_types=tuple(down),
+            up_block_types=tuple(up),
+            cross_attention_dim=caption_width,
+            # diffusers' name for the number of heads, kept for its saved configs.
+            attention_head_dim=recipe.attention_heads,
+            norm_num_groups=recipe.norm_groups,
+        )
+
+
+def build_scheduler(recipe: Train) -> DDPMScheduler:
+    """The noise schedule of a recipe."""
+    return DDPMScheduler(
+        num_train_timesteps=recipe.timesteps,
+        beta_schedule=recipe.schedule,
+        prediction_type=recipe.prediction,
+        clip_sample=False,
+    )
+
+
+def save_architecture(unet: UNet2DConditionModel, scheduler: DDPMScheduler, layout: Layout) -> None:
+    """Write both configs in diffusers' own layout, so that ``from_pretrained`` reads the folder."""
+    for owner, path in ((unet, layout.architecture), (scheduler, layout.scheduler)):
+        with atomic(path) as temporary:
+            temporary.write_text(owner.to_json_string(), encoding="utf-8")
+
+
+def load_scheduler(layout: Layout) -> DDPMScheduler:
+    """The noise schedule θ0 was trained with."""
+    return DDPMScheduler.from_config(read_json(layout.scheduler))
+
+
+def load_unet(layout: Layout, device: torch.device, weights: str | Path | None = None) -> UNet2DConditionModel:
+    """θ0, or a model of its architecture with other weights.
+
+    Args:
+        layout: the experiment.
+        device: where to put it.
+        weights: all or some of its weights; some are laid over θ0's.
+
+    Returns:
+        The UNet in evaluation mode, channels last (convolutions are faster so), no gradients needed.
+
+    Raises:
+        UserError: weights are missing, damaged or belong to another architecture.
+    """
+    unet = UNet2DConditionModel.from_config(read_json(layout.architecture))
+    load_weights(unet, layout.weights)
+    if weights is not None and str(weights) != layout.weights:
+        load_weights(unet, weights, partial=True)
+    unet.requires_grad_(False).eval()
+    return unet.to(device, memory_format=torch.channels_last)
+
+
+def load_weights(unet: UNet2DConditionModel, path: str | Path, partial: bool = False) -> None:
+    """Copy weights into a model, after checking that every name and shape fits.
+
+    Raises:
+        UserError: the file is missing or damaged, or a weight does not fit; with ``partial``
+            unset also where a weight of the model is not in the file.
+    """
+    tensors = read_tensors(path)
+    expected = {name: tensor.shape for name, tensor in unet.state_dict().items()}
+    wrong = [name for name, tensor in tensors.items() if expected.get(name) != tensor.shape]
+    missing = [] if partial else sorted(expected.keys() - tensors.keys())
+    if wrong or missing:
+        raise UserError(
+            f"{path} belongs to another architecture ({len(wrong)} weights do not fit, {len(missing)} are missing, "
+            f"such as {(wrong + missing)[0]}): delete it and run again, or use the config it was trained with."
+        )
+    unet.load_state_dict(tensors, strict=not partial)

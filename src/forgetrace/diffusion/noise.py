@@ -1,0 +1,70 @@
+"""Noise that depends on what it is for and on nothing else.
+
+The noise of a scan must not change with batching, order, sharding, threads or device, or scores of
+two runs cannot be compared. A bank gives (t, ε) for (image id, draw index); draws are made by a
+counter-based generator on the CPU and moved where they are needed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from forgetrace.randomness import generator
+
+
+@dataclass(frozen=True)
+class NoiseBank:
+    """Timesteps with noise.
+
+    Attributes:
+        seed: the experiment's seed.
+        purpose: keeps the banks of different stages apart.
+        timesteps: timestep of each draw, shape (T,), int64.
+        latent_shape: (C, H, W).
+        shared: draw i has one noise for all images; otherwise one per image.
+    """
+
+    seed: int
+    purpose: str
+    timesteps: np.ndarray
+    latent_shape: tuple[int, int, int]
+    shared: bool = True
+
+    def noise(self, image_id: str, draw: int) -> np.ndarray:
+        """Standard normal noise (C, H, W), float32."""
+        owner = "" if self.shared else image_id
+        stream = generator(self.seed, "noise", self.purpose, owner, draw)
+        return stream.standard_normal(self.latent_shape, dtype=np.float32)
+
+    def draws(self) -> np.ndarray:
+        """The shared noises of all draws; (T, C, H, W), float32."""
+        return np.stack([self.noise("", draw) for draw in range(len(self.timesteps))])
+
+
+def spaced_timesteps(count: int, length: int) -> np.ndarray:
+    """``count`` evenly spaced timesteps from 0; 20 of 1,000 are 0, 50, …, 950. Shape (count,), int64."""
+    return np.arange(count, dtype=np.int64) * length // count
+
+
+def monte_carlo(
+    seed: int, purpose: str, draws: range, length: int, latent_shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws of (t, ε) for an expectation, each a function of its own number.
+
+    Timesteps are stratified: every run of ``length`` draws visits each timestep once.
+
+    Args:
+        seed: the experiment's seed.
+        purpose: keeps the draws of different stages apart.
+        draws: numbers of the wanted draws.
+        length: timesteps of the schedule.
+        latent_shape: (C, H, W).
+
+    Returns:
+        Timesteps (n,), int64, and noise (n, C, H, W), float32.
+    """
+    rounds = {i // length: None for i in draws}
+    orders = {r: generator(seed, purpose, "timesteps", r).permutation(length) for r in rounds}
+    timesteps = np.array([orders[i // length][i % length] for i in draws], dtype=np.int64)
+    noise = [generator(seed, purpose, "noise", i).standard_normal(latent_shape, dtype=np.float32) for i in draws]
+    return timesteps, np.stack(noise)

@@ -1,0 +1,83 @@
+"""The ``encode`` stage: the training images as memory-mappable latents, the captions as token states."""
+
+import numpy as np
+import pandas as pd
+
+from forgetrace.artifacts import (
+    UserError,
+    provenance,
+    read_array,
+    read_image,
+    read_json,
+    read_table,
+    sha256_of,
+    write_array,
+    write_json,
+    write_table,
+)
+from forgetrace.datasets.prepare import TRAIN, read_metadata
+from forgetrace.encoding.latents import to_latents
+from forgetrace.encoding.text import token_states
+from forgetrace.layout import Layout
+from forgetrace.randomness import generator
+
+EMPTY = ""
+
+
+def encode(layout: Layout) -> None:
+    """Encode the training split into ``layout.latents``, ``captions``, ``index`` and the manifest.
+
+    Raises:
+        UserError: an image is missing, truncated or of another size than the rest.
+    """
+    settings = layout.config.encode
+    rows = _training_rows(layout)
+    shape = tuple(read_json(layout.data_manifest)["image_shape"])
+    pixels = np.stack([_image(f"{layout.data}/{row['file_name']}", shape) for row in rows])
+    captions = [*sorted({row["text"] for row in rows}), EMPTY]
+    row_of = {caption: i for i, caption in enumerate(captions)}
+    index = pd.DataFrame(
+        {
+            "image_id": [row["id"] for row in rows],
+            "file_name": [row["file_name"] for row in rows],
+            "caption": [row["text"] for row in rows],
+            "caption_row": [row_of[row["text"]] for row in rows],
+        }
+    )
+    write_array(layout.latents, to_latents(pixels, settings.factor))
+    write_array(layout.captions, token_states(captions))
+    made_by = provenance(layout.config.digest_of("encode"), {"metadata": layout.metadata})
+    write_table(layout.index, index, made_by)
+    write_json(
+        layout.encode_manifest,
+        {
+            "images": len(rows),
+            "image_shape": list(pixels.shape[1:]),
+            "latent_shape": list(read_array(layout.latents, mmap=True).shape[1:]),
+            "caption_shape": list(read_array(layout.captions, mmap=True).shape[1:]),
+            "sha256": {role: sha256_of(path) for role, path in _files(layout).items()},
+            "made_by": made_by,
+        },
+    )
+
+
+def _files(layout: Layout) -> dict[str, str]:
+    return {"latents": layout.latents, "captions": layout.captions, "index": layout.index}
+
+
+def _training_rows(layout: Layout) -> list[dict]:
+    rows = [row for row in read_metadata(layout.metadata) if row["split"] == TRAIN]
+    limit = layout.config.encode.max_images
+    if limit is None or limit >= len(rows):
+        return rows
+    chosen = generator(layout.config.seed, "max_images").permutation(len(rows))[:limit]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def _image(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    pixels = read_image(path)
+    if pixels.shape != shape:
+        raise UserError(
+            f"{path} has shape {pixels.shape}, the dataset has {shape}: rebuild data/ with `snakemake prepare`."
+        )
+    return pixels

@@ -1,0 +1,1 @@
+"""What the retrained models say: metrics per query, statistics over queries, tables."""

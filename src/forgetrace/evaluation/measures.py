@@ -1,0 +1,90 @@
+"""What ``retrain`` left of every model and query, read with checks."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from forgetrace.artifacts import UserError, read_image, read_json
+from forgetrace.layout import BASE, Layout
+
+Model = tuple[str, int, str]  # (method, k, member)
+THETA0: Model = (BASE, 0, BASE)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What one model says of one query.
+
+    Attributes:
+        loss: mean loss on the query.
+        timesteps: the timesteps it averages over.
+        image: the query regenerated, shape (height, width, 3), uint8; None for a user's image,
+            whose initial noise is unknown.
+    """
+
+    loss: float
+    timesteps: tuple[int, ...]
+    image: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class QueryMeasures:
+    """What all models say of one query.
+
+    Attributes:
+        original: the query image, shape (height, width, 3), uint8.
+        measures: by model; θ0 is among them.
+    """
+
+    original: np.ndarray
+    measures: dict[Model, Measure]
+
+
+def read_query(layout: Layout, query: str) -> QueryMeasures:
+    """Read a query and what every model of the experiment says of it.
+
+    Raises:
+        UserError: a file is missing or damaged, or was measured otherwise than θ0's; the message
+            names it.
+    """
+    original = read_image(layout.query(query)["image"])
+    base = read_measure(layout, THETA0, query)
+    measures = {}
+    for model in layout.measured_models(query):
+        measure = read_measure(layout, model, query)
+        path = layout.measure(*model, query)["losses"]
+        if measure.timesteps != base.timesteps:
+            raise UserError(f"{path} averages over other timesteps than θ0's: {_rebuild(path)}")
+        if (measure.image is None) != (base.image is None):
+            raise UserError(
+                f"{path} and θ0's disagree on whether there is a regenerated image: {_rebuild(path)}"
+            )
+        if measure.image is not None and measure.image.shape != original.shape:
+            image = layout.measure(*model, query)["image"]
+            raise UserError(f"{image} has another size than the query image: {_rebuild(image)}")
+        measures[model] = measure
+    return QueryMeasures(original, measures)
+
+
+def read_measure(layout: Layout, model: Model, query: str) -> Measure:
+    """Read what one model says of one query.
+
+    Raises:
+        UserError: a file is missing, damaged, or holds no finite loss.
+    """
+    paths = layout.measure(*model, query)
+    content = read_json(paths["losses"])
+    try:
+        loss, timesteps = float(content["loss"]), tuple(content["timesteps"])
+        regenerated = content.get("regenerated", True)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        path = paths["losses"]
+        raise UserError(f"{path} is damaged (no loss or timesteps in it): {_rebuild(path)}") from error
+    if not np.isfinite(loss):
+        path = paths["losses"]
+        raise UserError(f"{path} holds the loss {loss}: the model diverged; lower train.learning_rate.")
+    return Measure(loss, timesteps, read_image(paths["image"]) if regenerated else None)
+
+
+def _rebuild(path: str) -> str:
+    return f"delete {path} and run again to rebuild it."

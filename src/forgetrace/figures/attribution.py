@@ -1,0 +1,100 @@
+"""A query and, method by method, the training images ranked first for it."""
+
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from forgetrace.artifacts import UserError, read_image, read_json, read_table
+from forgetrace.figures.page import TILE, Page
+from forgetrace.figures.style import MUTED, colour_of, look, save
+from forgetrace.layout import Layout
+
+MARGIN, GAP, LABEL = 0.25, 0.1, 1.15  # inches
+CAPTION_WIDTH, CAPTION_LINES = 15, 3  # what fits under a tile
+HEADER, ROW = 1.55, 1.55  # inches
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """One training image in a row."""
+
+    pixels: np.ndarray
+    score: float
+    caption: str
+
+
+def draw(layout: Layout, name: str, query: str) -> None:
+    """Draw the figure ``attribution-<query>``."""
+    record = read_json(layout.query(query)["record"])
+    index = read_table(layout.index).set_index("image_id")
+    rows = {method: _top(layout, method, query, index) for method in layout.config.score.methods}
+    longest = max(len(row) for row in rows.values())
+    with look():
+        width = 2 * MARGIN + LABEL + longest * (TILE + GAP) - GAP
+        page = Page(max(width, 6.0), 2 * MARGIN + HEADER + len(rows) * ROW - 0.1)
+        _header(page, query, record["prompt"], read_image(layout.query(query)["image"]))
+        for i, (method, ranked) in enumerate(rows.items()):
+            _row(page, MARGIN + HEADER + i * ROW, method, colour_of(layout, method), ranked)
+        save(page.figure, layout, name)
+
+
+def _header(page: Page, query: str, prompt: str, image: np.ndarray) -> None:
+    size = 1.5 * TILE
+    page.image(MARGIN, MARGIN, size, image)
+    left = MARGIN + size + 0.25
+    page.text(left, MARGIN + 0.05, f"“{prompt}”", size=13, weight="bold")
+    page.text(left, MARGIN + 0.38, f"the generated image {query}", size=9.5, colour=MUTED)
+    page.text(
+        left,
+        MARGIN + 0.72,
+        "Below: the training images that each method ranks first, from the left, with their scores.",
+        size=9.5,
+    )
+
+
+def _row(page: Page, y: float, method: str, colour: str, ranked: list[_Ranked]) -> None:
+    page.rule(MARGIN, page.width - MARGIN, y - 0.12)
+    page.text(MARGIN, y + TILE / 2, method, size=10.5, colour=colour, weight="bold", middle=True)
+    for i, entry in enumerate(ranked):
+        x = MARGIN + LABEL + i * (TILE + GAP)
+        page.image(x, y, TILE, entry.pixels)
+        centre = x + TILE / 2
+        page.text(centre, y + TILE + 0.05, _number(entry.score), size=7.5, align="center")
+        page.text(centre, y + TILE + 0.19, entry.caption, size=7.0, align="center", colour=MUTED)
+
+
+def _top(layout: Layout, method: str, query: str, index: pd.DataFrame) -> list[_Ranked]:
+    """The images a method ranks first, in order of rank."""
+    path = layout.score(method, query)
+    top = read_table(path).nsmallest(layout.config.figures.top, "rank")
+    if unknown := [image for image in top["image_id"] if image not in index.index]:
+        raise UserError(
+            f"{path} ranks the image {unknown[0]}, which {layout.index} lacks: delete it and run again."
+        )
+    common = _words_of_all(index["caption"])
+    return [
+        _Ranked(
+            read_image(f"{layout.data}/{index.at[row.image_id, 'file_name']}"),
+            row.score,
+            _short(index.at[row.image_id, "caption"], common),
+        )
+        for row in top.itertuples()
+    ]
+
+
+def _number(score: float) -> str:
+    """Three digits; a zero has no sign."""
+    return f"{score + 0.0:.3g}".replace("-", "−")
+
+
+def _words_of_all(captions: pd.Series) -> set[str]:
+    """Words that every caption has: they tell nothing about an image."""
+    return set.intersection(*(set(caption.split()) for caption in captions))
+
+
+def _short(caption: str, leave_out: set[str]) -> str:
+    """A caption without the given words, wrapped to a few short lines."""
+    words = " ".join(word for word in caption.split() if word not in leave_out)
+    return textwrap.fill(words or caption, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" …")

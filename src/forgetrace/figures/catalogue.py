@@ -1,0 +1,27 @@
+"""Which figures an experiment has, and drawing one by name."""
+
+from importlib import import_module
+
+from forgetrace.artifacts import UserError
+from forgetrace.layout import Layout
+
+
+def names(layout: Layout) -> list[str]:
+    """Names of all figures: ``training``, ``attribution-<query>``, ``counterfactual-<query>``, ``delta``."""
+    queries = layout.config.queries()
+    grids = [f"{kind}-{query}" for kind in ("attribution", "counterfactual") for query in queries]
+    return ["training", *grids, "delta"]
+
+
+def draw(layout: Layout, name: str) -> None:
+    """Write one figure as PNG and PDF; the same inputs give the same bytes.
+
+    Raises:
+        UserError: there is no such figure, or a table or image it shows is missing or damaged.
+    """
+    if name not in names(layout):
+        raise UserError(f"There is no figure '{name}'; this experiment has {', '.join(names(layout))}.")
+    kind, _, query = name.partition("-")
+    # Imported here so that listing names does not load matplotlib.
+    module = import_module(f"forgetrace.figures.{kind}")
+    module.draw(layout, name, *([query] if query else []))

@@ -1,0 +1,130 @@
+"""What removing top-ranked images did: three metrics against K, method by method."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from forgetrace.artifacts import read_table
+from forgetrace.config import RANDOM, SEED_SET
+from forgetrace.evaluation.metrics import METRICS
+from forgetrace.figures.style import INK, MUTED, colour_of, look, marker_of, save
+from forgetrace.layout import Layout
+
+SHOWN = ("delta_loss", "delta_mse", "similarity")
+SPREAD = 0.6  # share of the space between two K over which the methods stand side by side
+
+
+def draw(layout: Layout, name: str) -> None:
+    """Draw the figure ``delta``."""
+    summary, values = read_table(layout.table("counterfactual")), read_table(layout.table("per_query"))
+    shown = [metric for metric in SHOWN if (summary["metric"] == metric).any()]
+    with look():
+        figure = Figure(figsize=(3.6 * len(shown) + 0.2, 4.0), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+        panels = figure.subplots(1, len(shown), squeeze=False)[0]
+        for axes, metric in zip(panels, shown, strict=True):
+            _panel(
+                axes, layout, metric, summary[summary["metric"] == metric], values[values["metric"] == metric]
+            )
+        figure.legend(handles=_legend(layout, summary), loc="outside lower center", ncols=6, fontsize=8)
+        save(figure, layout, name)
+
+
+def _panel(axes: Axes, layout: Layout, metric: str, summary: pd.DataFrame, values: pd.DataFrame) -> None:
+    ks = sorted(layout.config.retrain.k)
+    methods = [method for method in layout.config.retrain.methods if method != RANDOM]
+    for row in summary[summary["method"] == SEED_SET].itertuples():
+        _band(axes, row, -0.5, len(ks) - 0.5, _band_style(layout, SEED_SET))
+    for row in summary[summary["method"] == RANDOM].itertuples():
+        place = ks.index(row.k)
+        _band(axes, row, place - 0.5, place + 0.5, _band_style(layout, RANDOM))
+    for i, method in enumerate(methods):
+        offset = SPREAD * ((i + 0.5) / len(methods) - 0.5)
+        _method(axes, layout, method, offset, ks, summary, values)
+    axes.margins(y=0.08)
+    _p_values(axes, layout, methods, ks, summary)
+    axes.set_title(METRICS[metric].label)
+    # Turned by 90°, the arrow points where the query is forgotten.
+    axes.set_ylabel("more forgotten →" if METRICS[metric].forgotten > 0 else "← more forgotten", color=MUTED)
+    axes.set_xlabel("training images left out")
+    axes.set_xticks(range(len(ks)), [f"K = {k}" for k in ks])
+    axes.set_xlim(-0.5, len(ks) - 0.5)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+
+
+def _band(axes: Axes, row, left: float, right: float, style: dict) -> None:
+    """The mean of random or other-seed models as a line, its interval as a band."""
+    if np.isfinite(row.ci_low):
+        axes.fill_between([left, right], row.ci_low, row.ci_high, **style)
+    dashes = "--" if style["hatch"] else "-"
+    axes.plot([left, right], [row.mean, row.mean], dashes, color=style["edgecolor"], linewidth=1.4)
+
+
+def _band_style(layout: Layout, method: str) -> dict:
+    """Random is a plain band, other seeds a hatched one: the two often overlap."""
+    colour = colour_of(layout, method)
+    face = to_rgba(colour, 0.25) if method == RANDOM else "none"
+    return {
+        "facecolor": face,
+        "edgecolor": colour,
+        "hatch": None if method == RANDOM else "///",
+        "linewidth": 0,
+    }
+
+
+def _method(
+    axes: Axes,
+    layout: Layout,
+    method: str,
+    offset: float,
+    ks: list[int],
+    summary: pd.DataFrame,
+    values: pd.DataFrame,
+) -> None:
+    """One method: a dot per query, mean and interval per K."""
+    colour, marker = colour_of(layout, method), marker_of(layout, method)
+    for row in summary[summary["method"] == method].itertuples():
+        x = ks.index(row.k) + offset
+        dots = values[(values["method"] == method) & (values["k"] == row.k)].sort_values("query")["value"]
+        axes.scatter(np.full(len(dots), x - 0.05), dots, s=9, color=colour, alpha=0.45, linewidths=0)
+        if np.isfinite(row.ci_low):
+            axes.plot([x, x], [row.ci_low, row.ci_high], color=colour, linewidth=2.0)
+        axes.plot(x, row.mean, marker, color=colour, markersize=7, markeredgecolor="white")
+
+
+def _p_values(axes: Axes, layout: Layout, methods: list[str], ks: list[int], summary: pd.DataFrame) -> None:
+    """Write p against random above each K, one line per method, in room made above the data."""
+    line = 0.05  # of the height of the panel
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + (high - low) * line * len(methods))
+    for i, method in enumerate(methods):
+        for row in summary[summary["method"] == method].itertuples():
+            axes.annotate(
+                f"p = {row.p_vs_random:.2g}",
+                xy=(ks.index(row.k), 1.0 - line * i),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="top",
+                fontsize=7,
+                color=colour_of(layout, method),
+            )
+
+
+def _legend(layout: Layout, summary: pd.DataFrame) -> list:
+    """A handle per method, band and dot."""
+    handles: list = []
+    for method in layout.config.retrain.methods:
+        if method != RANDOM:
+            look_of = {"color": colour_of(layout, method), "marker": marker_of(layout, method)}
+            handles.append(Line2D([], [], markeredgecolor="white", markersize=7, label=method, **look_of))
+    for method, label in ((RANDOM, "random images"), (SEED_SET, "nothing left out, other seeds")):
+        if (summary["method"] == method).any():
+            handles.append(Patch(**_band_style(layout, method), label=label))
+    dot = Line2D([], [], color=MUTED, marker="o", markersize=3, linewidth=0, label="one query")
+    interval = Line2D([], [], color=INK, linewidth=2, label="95% interval (p: against random)")
+    return [*handles, dot, interval]

@@ -1,0 +1,207 @@
+"""Where every file of an experiment lives; the rules and the command line share these paths.
+
+Paths are relative POSIX strings, so a Snakemake rule can pass its own wildcards as arguments:
+``layout.score("{method}", "{query}")`` is the pattern of a rule's output.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from forgetrace.config import RANDOM, SEED_SET, Config, load_config
+
+BASE = "base"  # θ0 where a model is named by (method, k, member)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Files of one experiment.
+
+    Attributes:
+        name: the experiment, the stem of its config file.
+        config: its validated config.
+    """
+
+    name: str
+    config: Config
+
+    @property
+    def root(self) -> str:
+        """Folder of all results of the experiment."""
+        return f"results/{self.name}"
+
+    def checkpoints(self, training: str) -> str:
+        """Folder of an unfinished training; outside every stage's outputs, removed at the end."""
+        return f"{self.root}/checkpoints/{training}"
+
+    # prepare: shared by all experiments on one dataset
+
+    @property
+    def data(self) -> str:
+        """Dataset folder: ``images/``, ``metadata.jsonl``, ``manifest.json``."""
+        return f"data/{self.config.prepare.dataset}"
+
+    @property
+    def metadata(self) -> str:
+        """One line of JSON per image: id, file_name, text, split."""
+        return f"{self.data}/metadata.jsonl"
+
+    @property
+    def data_manifest(self) -> str:
+        """Counts, caption pools and the hash of all images."""
+        return f"{self.data}/manifest.json"
+
+    # encode
+
+    @property
+    def latents(self) -> str:
+        """Array (N, C, H, W), float32: latents of the training images."""
+        return f"{self.root}/encode/latents.npy"
+
+    @property
+    def captions(self) -> str:
+        """Array (distinct captions + 1, tokens, width), float32; the last row is the empty caption."""
+        return f"{self.root}/encode/captions.npy"
+
+    @property
+    def index(self) -> str:
+        """Table of the training images: image_id, file_name, caption, caption_row."""
+        return f"{self.root}/encode/index.parquet"
+
+    @property
+    def encode_manifest(self) -> str:
+        """Shapes, image size and hashes of the encoded data."""
+        return f"{self.root}/encode/manifest.json"
+
+    # train
+
+    @property
+    def model(self) -> str:
+        """Folder of θ0 in diffusers' layout: ``unet/`` and ``scheduler/``."""
+        return f"{self.root}/train"
+
+    @property
+    def weights(self) -> str:
+        """θ0's weights (the average over training, EMA)."""
+        return f"{self.model}/unet/diffusion_pytorch_model.safetensors"
+
+    @property
+    def architecture(self) -> str:
+        """θ0's architecture as diffusers saves it."""
+        return f"{self.model}/unet/config.json"
+
+    @property
+    def scheduler(self) -> str:
+        """Noise schedule as diffusers saves it."""
+        return f"{self.model}/scheduler/scheduler_config.json"
+
+    @property
+    def snapshots(self) -> list[str]:
+        """Weights at evenly spaced steps, raw (not averaged)."""
+        return [f"{self.model}/snapshots/step-{step:06d}.safetensors" for step in self.config.train.snapshot_steps()]
+
+    @property
+    def curve(self) -> str:
+        """Training curve: step, loss, learning_rate."""
+        return f"{self.model}/curve.csv"
+
+    @property
+    def recipe(self) -> str:
+        """The recipe, its seed and what was measured while training; written last."""
+        return f"{self.model}/recipe.json"
+
+    # synthesize
+
+    def query(self, query: str) -> dict[str, str]:
+        """Files of one query: ``record`` (prompt, seed, source), ``image`` and ``tensors``.
+
+        ``tensors`` holds the latent (C, H, W), the initial noise (C, H, W; absent for a user's
+        image) and the prompt's token states (tokens, width), all float32.
+        """
+        folder = f"{self.root}/synthesize/{query}"
+        return {
+            "record": f"{folder}/query.json",
+            "image": f"{folder}/image.png",
+            "tensors": f"{folder}/query.npz",
+        }
+
+    # fit
+
+    @property
+    def fisher(self) -> str:
+        """Diagonal Fisher information by weight name, float64."""
+        return f"{self.root}/fit/fisher.safetensors"
+
+    @property
+    def fisher_report(self) -> str:
+        """Draws, zero entries and mean of each layer's Fisher."""
+        return f"{self.root}/fit/fisher.json"
+
+    # unlearn, scan, score
+
+    def unlearned(self, variant: str, query: str) -> dict[str, str]:
+        """The changed ``weights`` only, and the ``losses`` before and after."""
+        stem = f"{self.root}/unlearn/{variant}/{query}"
+        return {"weights": f"{stem}.safetensors", "losses": f"{stem}.json"}
+
+    @property
+    def base_scan(self) -> str:
+        """Loss of every training image and timestep under θ0."""
+        return f"{self.root}/scan/{BASE}.npz"
+
+    def scan(self, variant: str, query: str) -> str:
+        """Loss of every training image and timestep under unlearned weights."""
+        return f"{self.root}/scan/{variant}/{query}.npz"
+
+    def score(self, method: str, query: str) -> str:
+        """Table of image_id, score, rank (1 is the most influential), by descending score."""
+        return f"{self.root}/score/{method}/{query}.parquet"
+
+    # retrain: a model is named by (method, k, member); member is a query or a draw
+
+    def retrained(self, method: str, k: int | str, member: str) -> str:
+        """Weights of a retrained model."""
+        if method == BASE:
+            return self.weights
+        return f"{self.root}/retrain/{method}/k{k}/{member}/model.safetensors"
+
+    def measure(self, method: str, k: int | str, member: str, query: str) -> dict[str, str]:
+        """What a model says of a query: ``losses`` (JSON) and the regenerated ``image``."""
+        stem = f"{self.root}/retrain/{method}/k{k}/{member}/{query}"
+        return {"losses": f"{stem}.json", "image": f"{stem}.png"}
+
+    def shared_models(self) -> list[tuple[str, int, str]]:
+        """(method, k, member) of the models every query is measured with: θ0, random draws, seeds."""
+        retrain = self.config.retrain
+        draws = [(RANDOM, k, f"draw{i}") for k in retrain.k for i in range(retrain.random_draws)]
+        seeds = [(SEED_SET, 0, f"draw{i}") for i in range(retrain.seeds)]
+        return [(BASE, 0, BASE), *draws, *seeds]
+
+    def measured_models(self, query: str) -> list[tuple[str, int, str]]:
+        """(method, k, member) of all models a query is measured with."""
+        retrain = self.config.retrain
+        own = [(m, k, query) for m in retrain.methods if m != RANDOM for k in retrain.k]
+        return self.shared_models() + own
+
+    # evaluate, figures
+
+    def table(self, name: str) -> str:
+        """A result table: per_query, counterfactual or comparisons."""
+        return f"{self.root}/evaluate/{name}.csv"
+
+    @property
+    def metrics(self) -> str:
+        """The summary DVC reads."""
+        return f"{self.root}/evaluate/metrics.json"
+
+    def figure(self, name: str, suffix: str = "png") -> str:
+        """A figure by name; every one exists as .png and .pdf."""
+        return f"{self.root}/figures/{name}.{suffix}"
+
+
+def load_layout(config_path: str | Path) -> Layout:
+    """The layout of the experiment a config file describes.
+
+    Raises:
+        UserError: as :func:`forgetrace.config.load_config`.
+    """
+    return Layout(Path(config_path).stem, load_config(config_path))

@@ -1,0 +1,139 @@
+"""The unlearning step (AbU, arXiv 2406.09408, eq. 5): raise the query's loss, spare everything else.
+
+The objective ``−L(ẑ, ĉ; θ) + (N/2)(θ − θ0)ᵀ F (θ − θ0)`` has the Newton step
+
+    θ ← θ + (α / N) (F + λ)⁻¹ ∇L(ẑ, ĉ; θ),
+
+repeated ``steps`` times with a fresh gradient. Without curvature it is plain gradient ascent,
+``θ ← θ + α ∇L``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from forgetrace.artifacts import UserError
+from forgetrace.curvature.contract import Curvature
+from forgetrace.diffusion.loss import batched_losses, example_losses
+from forgetrace.diffusion.noise import monte_carlo
+
+BATCH = 128
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Query:
+    """The image to forget.
+
+    Attributes:
+        name: for the random numbers and messages.
+        latent: ẑ, (C, H, W), float32.
+        prompt: token states of ĉ, (tokens, width), float32.
+    """
+
+    name: str
+    latent: torch.Tensor
+    prompt: torch.Tensor
+
+
+def query_gradient(
+    unet: UNet2DConditionModel, scheduler: DDPMScheduler, query: Query, names: list[str], draws: range, seed: int
+) -> Weights:
+    """∇L(ẑ, ĉ; θ) on the named weights, the mean over draws of (t, ε).
+
+    Args:
+        unet: f_θ at the current weights.
+        scheduler: its schedule.
+        query: the image to forget.
+        names: weights to differentiate by.
+        draws: numbers of the draws.
+        seed: the experiment's seed.
+    """
+    weights = {name: weight.requires_grad_(name in names) for name, weight in unet.named_parameters()}
+    wanted = [weights[name] for name in names]
+    device = wanted[0].device
+    total = [torch.zeros_like(weight) for weight in wanted]
+    for start in range(draws.start, draws.stop, BATCH):
+        numbers = range(start, min(start + BATCH, draws.stop))
+        latents, prompts, timesteps, noise = _examples(scheduler, query, numbers, seed, "unlearn")
+        loss = example_losses(
+            unet,
+            scheduler,
+            latents.to(device),
+            prompts.to(device),
+            torch.from_numpy(timesteps).to(device),
+            torch.from_numpy(noise).to(device),
+        ).sum()
+        for sum_, gradient in zip(total, torch.autograd.grad(loss, wanted), strict=True):
+            sum_ += gradient
+    unet.requires_grad_(False)
+    return {name: value / len(draws) for name, value in zip(names, total, strict=True)}
+
+
+def query_loss(
+    unet: UNet2DConditionModel, scheduler: DDPMScheduler, query: Query, seed: int, draws: int = 1000
+) -> float:
+    """L(ẑ, ĉ; θ), the mean over draws that no step was taken on."""
+    return float(batched_losses(unet, scheduler, *_examples(scheduler, query, range(draws), seed, "check")).mean())
+
+
+def _examples(scheduler: DDPMScheduler, query: Query, numbers: range, seed: int, purpose: str):
+    """The query repeated for the numbered draws: latents, token states, timesteps, noise."""
+    length = scheduler.config.num_train_timesteps
+    timesteps, noise = monte_carlo(seed, f"{purpose} {query.name}", numbers, length, tuple(query.latent.shape))
+    count = len(numbers)
+    return query.latent.expand(count, -1, -1, -1), query.prompt.expand(count, -1, -1), timesteps, noise
+
+
+def unlearn(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    query: Query,
+    curvature: Curvature,
+    names: list[str],
+    scale: float,
+    steps: int,
+    draws: int,
+    seed: int,
+) -> Weights:
+    """Take the unlearning steps, in place.
+
+    Args:
+        unet: θ0; holds θ_Q afterwards.
+        scheduler: its schedule.
+        query: the image to forget.
+        curvature: preconditions each gradient.
+        names: weights that may change.
+        scale: what the preconditioned gradient is multiplied by: α/N, or α without curvature.
+        steps: number of steps.
+        draws: draws of (t, ε) per gradient; every step draws afresh.
+        seed: the experiment's seed.
+
+    Returns:
+        The changed weights.
+
+    Raises:
+        UserError: a weight became NaN or infinite.
+    """
+    for step in range(steps):
+        numbers = range(step * draws, (step + 1) * draws)
+        direction = curvature.precondition(query_gradient(unet, scheduler, query, names, numbers, seed))
+        move(unet, direction, scale, query.name)
+    weights = dict(unet.named_parameters())
+    return {name: weights[name].detach().clone() for name in names}
+
+
+def move(unet: UNet2DConditionModel, direction: Weights, scale: float, query: str) -> None:
+    """θ ← θ + scale · direction, in place.
+
+    Raises:
+        UserError: a weight became NaN or infinite; names the query and the weight.
+    """
+    weights = dict(unet.named_parameters())
+    for name, change in direction.items():
+        weights[name].add_(change, alpha=scale)
+        if not torch.isfinite(weights[name]).all():
+            raise UserError(
+                f"Unlearning {query} made {name} NaN or infinite: lower the variant's step_size or raise its damping."
+            )

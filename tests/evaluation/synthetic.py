@@ -1,0 +1,123 @@
+"""A small results folder as ``retrain`` leaves it, with values a test can compute by hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from forgetrace.artifacts import write_image, write_json, write_table
+from forgetrace.config import RANDOM, SEED_SET, parse_config
+from forgetrace.layout import BASE, Layout
+
+TIMESTEPS = [0, 500]
+BASE_LOSS = 0.1
+TRAINING_IMAGES = 12
+# The rise of a query's loss without the top K of a method; a query's number is added as thousandths.
+RISE = {BASE: 0.0, "unlearn": 0.05, "pixel-l2": 0.02, RANDOM: 0.01, SEED_SET: 0.002}
+# How much the regenerated image differs from the query image, in grey levels of 255.
+SHIFT = {BASE: 0, "unlearn": 51, "pixel-l2": 25, RANDOM: 10, SEED_SET: 5}
+
+
+def experiment(own_image: bool = False, **retrain) -> Layout:
+    """An experiment of four queries, two methods and three random draws.
+
+    Args:
+        own_image: add a query that is a user's image.
+        retrain: overrides of the config's section.
+    """
+    queries: list[dict] = [{"pool": "report", "count": 4}]
+    if own_image:
+        queries.append({"name": "mine", "image": "mine.png", "prompt": "a cat"})
+    content = {
+        "seed": 3,
+        "unlearn": {"unlearn": {"step_size": 1e-3}},
+        "synthesize": {"queries": queries},
+        "score": {"methods": {"unlearn": {"attributor": "unlearning"}, "pixel-l2": {}, "random": {}}},
+        "retrain": {"methods": ["unlearn", "pixel-l2"], "k": [2, 4], **retrain},
+        "evaluate": {"bootstrap": 500},
+        "figures": {"top": 3},
+    }
+    return Layout("synthetic", parse_config(content, "config/synthetic.yaml"))
+
+
+def loss_rise(method: str, k: int, member: str, query: str) -> float:
+    """The rise of the loss that :func:`write_results` plants: draw 1 of random rises 0.001 more."""
+    number = 0 if query == "mine" else int(query[-1])
+    per_draw = 0.001 * int(member[-1]) if method in (RANDOM, SEED_SET) else 0.0
+    return 0.0 if method == BASE else RISE[method] + k * 0.001 + number * 0.001 + per_draw
+
+
+def write_results(layout: Layout, picture: Callable[[int], np.ndarray] | None = None) -> None:
+    """Write what ``evaluate`` and ``figures`` read, below the current folder.
+
+    Args:
+        layout: of :func:`experiment`.
+        picture: gives the i-th image, (16, 16, 3), uint8; by default random squares.
+    """
+    picture = picture or _squares
+    _write_training(layout, picture)
+    for number, query in enumerate(layout.config.queries()):
+        own = layout.config.image_query(query) is not None
+        original = picture(100 + number)
+        files = layout.query(query)
+        record = {"query": query, "prompt": f"a blue {query} for $5", "source": "file" if own else "pool"}
+        write_json(files["record"], record)
+        write_image(files["image"], original)
+        _write_scores(layout, query)
+        for method, k, member in layout.measured_models(query):
+            measure = layout.measure(method, k, member, query)
+            loss = BASE_LOSS + loss_rise(method, k, member, query)
+            content = {
+                "loss": loss,
+                "losses": [loss - 0.01, loss + 0.01],
+                "timesteps": TIMESTEPS,
+                "key": "noise",
+                "regenerated": not own,
+            }
+            write_json(measure["losses"], content)
+            write_image(measure["image"], original if own else _shifted(original, SHIFT[method]))
+
+
+def _write_training(layout: Layout, picture: Callable[[int], np.ndarray]) -> None:
+    names = [f"digit-{i:04d}" for i in range(TRAINING_IMAGES)]
+    for i, name in enumerate(names):
+        write_image(f"{layout.data}/images/{name}.png", picture(i))
+    captions = [f"a bold {colour} seven" for colour in ("red", "green", "blue")] * (TRAINING_IMAGES // 3)
+    columns = {
+        "image_id": names,
+        "file_name": [f"images/{name}.png" for name in names],
+        "caption": captions,
+        "caption_row": [0, 1, 2] * (TRAINING_IMAGES // 3),
+    }
+    write_table(layout.index, pd.DataFrame(columns))
+    steps = np.arange(1, 101)
+    curve = {"step": steps, "loss": 1 / steps**0.5, "learning_rate": 1e-3 * (1 - steps / 100)}
+    write_table(layout.curve, pd.DataFrame(curve))
+
+
+def _write_scores(layout: Layout, query: str) -> None:
+    ids = [f"digit-{i:04d}" for i in range(TRAINING_IMAGES)]
+    for method in layout.config.score.methods:
+        scores = np.linspace(0.02, -0.01, TRAINING_IMAGES)
+        table = pd.DataFrame({"image_id": ids, "score": scores, "rank": range(1, TRAINING_IMAGES + 1)})
+        write_table(layout.score(method, query), table)
+
+
+def _squares(i: int) -> np.ndarray:
+    """An image of four squares, the same for the same i; dark enough to be lightened by 51 levels."""
+    return np.random.default_rng(i).integers(0, 200, (2, 2, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+
+
+def _shifted(image: np.ndarray, levels: int) -> np.ndarray:
+    return np.clip(image.astype(int) + levels, 0, 255).astype(np.uint8)
+
+
+def flat_encoder(images: np.ndarray) -> np.ndarray:
+    """Stands in for a real image encoder: the pixels themselves are the features."""
+    return images.reshape(len(images), -1).astype(float)
+
+
+def remove(path: str) -> None:
+    """Delete a file."""
+    Path(path).unlink()

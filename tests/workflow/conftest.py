@@ -1,0 +1,83 @@
+"""Running the real Snakefile from a test, in a folder of the test's own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# What a clone needs to run; data, results and the environment are the test's own.
+PARTS = (
+    ".dvc/config", ".dvcignore", ".gitignore", "Makefile", "Snakefile", "config", "dvc.yaml", "profiles",
+    "requirements.lock", "pyproject.toml", "src", "workflow",
+)  # fmt: skip
+
+
+class Checkout:
+    """A copy of the repository and the commands a user would type in it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(folder / "src"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    @classmethod
+    def create(cls, folder: Path) -> "Checkout":
+        """Copy the repository's files to ``folder``."""
+        for part in PARTS:
+            target = folder / part
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / part).is_dir():
+                shutil.copytree(
+                    ROOT / part, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+                )
+            else:
+                shutil.copy(ROOT / part, target)
+        return cls(folder)
+
+    def __call__(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+        """Run a command here; with ``check`` a failure fails the test and shows what it printed."""
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, text=True, capture_output=True)
+        if check:
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def start(self, *command: str) -> subprocess.Popen:
+        """Start a command in a process group of its own, to be killed with everything it started."""
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def planned(self, *arguments: str) -> dict[str, int]:
+        """Rules a dry run would run, with their number of jobs; empty where there is nothing to do."""
+        lines = self("snakemake", "-n", *arguments).stdout.splitlines()
+        if "Job stats:" not in lines:
+            return {}
+        start = lines.index("Job stats:") + 3
+        table = (line.split() for line in lines[start : lines.index("", start)])
+        return {rule: int(count) for rule, count in table if rule not in ("total", "all")}
+
+    def edit(self, path: str, old: str, new: str) -> None:
+        """Replace ``old``, which must occur, in a file."""
+        file = self.folder / path
+        text = file.read_text(encoding="utf-8")
+        assert old in text
+        file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory) -> Checkout:
+    """A checkout in which nothing has run, for dry runs; its folder's name has a space."""
+    return Checkout.create(tmp_path_factory.mktemp("checkout") / "a clone")

@@ -1,0 +1,62 @@
+import pytest
+
+from forgetrace.layout import load_layout
+
+from .conftest import ROOT
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "config").glob("*.yaml"))
+STAGES = (
+    "encode",
+    "train",
+    "synthesize",
+    "fit",
+    "unlearn",
+    "scan",
+    "score",
+    "retrain",
+    "evaluate",
+    "figures",
+)
+
+
+def test_the_workflow_follows_snakemakes_own_advice(checkout):
+    checkout("snakemake", "--lint", "--configfile", "config/smoke.yaml")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_can_be_planned(checkout, experiment):
+    config = load_layout(ROOT / "config" / f"{experiment}.yaml").config
+    queries, judged = len(config.queries()), len(set(config.retrain.methods) - {"random"})
+    shared = len(config.retrain.k) * config.retrain.random_draws + config.retrain.seeds
+    planned = checkout.planned("--configfile", f"config/{experiment}.yaml")
+    assert planned["prepare"] == planned["encode"] == planned["train"] == planned["evaluate"] == 1
+    assert planned["score"] == queries * len(config.score.methods)
+    assert planned["retrain_shared"] == shared
+    assert planned.get("retrain", 0) == queries * judged * len(config.retrain.k)
+
+
+def test_the_default_experiment_is_digits(checkout):
+    assert "results/digits/" in checkout("snakemake", "-n", "all_train").stdout
+
+
+def test_every_stage_has_a_target(checkout):
+    listed = checkout("snakemake", "--list-target-rules").stdout.split()
+    assert {"all", "prepare", *(f"all_{stage}" for stage in STAGES)} <= set(listed)
+
+
+@pytest.mark.parametrize("graph", ["--dag", "--rulegraph"])
+def test_graphs_can_be_drawn(checkout, graph):
+    drawn = checkout("snakemake", graph, "dot", "--configfile", "config/smoke.yaml").stdout
+    assert drawn.startswith("digraph")
+    assert "retrain_shared" in drawn
+
+
+def test_a_users_own_image_is_measured_but_not_regenerated(checkout):
+    (checkout.folder / "mine.png").touch()
+    config = (ROOT / "config/smoke.yaml").read_text(encoding="utf-8")
+    own = "    - {pool: report, count: 2}\n    - {name: mine, image: mine.png, prompt: a red seven}\n"
+    (checkout.folder / "own.yaml").write_text(config.replace("    - {pool: report, count: 2}\n", own))
+    planned = checkout.planned("--configfile", "own.yaml")
+    assert planned["measure"] == 2
+    assert planned["measure_own_image"] == 1
+    assert planned["retrain_own_image"] == 2

@@ -1,0 +1,167 @@
+# fit, unlearn, scan, score: from a query to one score per training image and method.
+
+
+rule fit:
+    input:
+        MODEL,
+        ENCODED,
+    output:
+        layout.fisher,
+        layout.fisher_report,
+    log:
+        log_file("fit", "fisher"),
+    benchmark:
+        benchmark_file("fit", "fisher")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=60,
+        gpu=1,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("fit", "fit", "seed"),
+    shell:
+        "forgetrace fit --config {params.config:q} --threads {threads} --device auto > {log} 2>&1"
+
+
+rule all_fit:
+    input:
+        rules.fit.output if any(map(needs_fisher, layout.config.unlearn)) else [],
+
+
+rule unlearn:
+    input:
+        MODEL,
+        ENCODED,
+        list(layout.query("{query}").values()),
+        fisher=lambda wildcards: (
+            [layout.fisher] if needs_fisher(wildcards.variant) else []
+        ),
+    output:
+        list(layout.unlearned("{variant}", "{query}").values()),
+    log:
+        log_file("unlearn", "{variant}", "{query}"),
+    benchmark:
+        benchmark_file("unlearn", "{variant}", "{query}")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=60,
+        gpu=1,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=lambda wildcards: shaped_by(
+            "unlearn", "seed", ("unlearn", wildcards.variant)
+        ),
+    shell:
+        "forgetrace unlearn --config {params.config:q} --variant {wildcards.variant:q}"
+        " --query {wildcards.query:q} --threads {threads} --device auto > {log} 2>&1"
+
+
+rule all_unlearn:
+    input:
+        [
+            path
+            for variant in layout.config.unlearn
+            for query in QUERIES
+            for path in layout.unlearned(variant, query).values()
+        ],
+
+
+rule scan_base:
+    input:
+        MODEL,
+        ENCODED,
+    output:
+        layout.base_scan,
+    log:
+        log_file("scan", "base"),
+    benchmark:
+        benchmark_file("scan", "base")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=120,
+        gpu=1,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("scan", "scan", "seed"),
+    shell:
+        "forgetrace scan --config {params.config:q} --threads {threads} --device auto > {log} 2>&1"
+
+
+rule scan:
+    input:
+        MODEL,
+        ENCODED,
+        layout.unlearned("{variant}", "{query}")["weights"],
+    output:
+        layout.scan("{variant}", "{query}"),
+    log:
+        log_file("scan", "{variant}", "{query}"),
+    benchmark:
+        benchmark_file("scan", "{variant}", "{query}")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=120,
+        gpu=1,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("scan", "scan", "seed"),
+    shell:
+        "forgetrace scan --config {params.config:q} --variant {wildcards.variant:q}"
+        " --query {wildcards.query:q} --threads {threads} --device auto > {log} 2>&1"
+
+
+rule all_scan:
+    input:
+        layout.base_scan,
+        [
+            layout.scan(variant, query)
+            for variant in layout.config.unlearn
+            for query in QUERIES
+        ],
+
+
+rule score:
+    input:
+        lambda wildcards: registry.inputs(layout, wildcards.method, wildcards.query),
+    output:
+        layout.score("{method}", "{query}"),
+    log:
+        log_file("score", "{method}", "{query}"),
+    benchmark:
+        benchmark_file("score", "{method}", "{query}")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=lambda wildcards: shaped_by(
+            "score", "seed", ("score", "methods", wildcards.method)
+        ),
+    shell:
+        "forgetrace score --config {params.config:q} --method {wildcards.method:q}"
+        " --query {wildcards.query:q} > {log} 2>&1"
+
+
+rule all_score:
+    input:
+        [path for query in QUERIES for path in scores(query)],

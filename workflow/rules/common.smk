@@ -1,0 +1,139 @@
+# The experiment behind this run: its validated config, its paths, what each stage's results hang on.
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import yaml
+from snakemake.utils import min_version, validate
+
+from forgetrace.artifacts import UserError
+from forgetrace.attribution import registry
+from forgetrace.config import RANDOM, SEED_SET, load_config
+from forgetrace.figures import catalogue
+from forgetrace.layout import Layout
+
+min_version("9.27")
+
+
+if not workflow.configfiles:
+
+    configfile: "config/digits.yaml"
+
+
+# Keys that say how a stage computes, not what: a change of them runs nothing again.
+MECHANICS = {
+    ("train", "checkpoint_every"),
+    ("fit", "chunk"),
+    ("scan", "batch_size"),
+    ("retrain", "keep_weights"),
+}
+TRAINING_FIRST, SCORES_NEXT = (
+    100,
+    50,
+)  # priorities; retrainings fill the cores that are left
+
+
+def load_experiment():
+    """The one config file of this run and the layout of its experiment."""
+    files = [os.path.relpath(path) for path in workflow.configfiles]
+    if len(files) != 1:
+        raise UserError("Give one experiment: --configfile config/<experiment>.yaml.")
+    experiment = load_config(files[0])
+    if config != yaml.safe_load(Path(files[0]).read_text(encoding="utf-8")):
+        raise UserError(
+            f"Set values in {files[0]} instead of with --config: every job reads the file."
+        )
+    registry.check_methods(experiment)
+    return files[0], Layout(Path(files[0]).stem, experiment)
+
+
+try:
+    CONFIG_FILE, layout = load_experiment()
+except UserError as error:
+    sys.exit(str(error))
+validate(config, "../schemas/config.schema.yaml", set_default=False)
+
+VERSIONS = yaml.safe_load(
+    Path(workflow.basedir, "workflow", "versions.yaml").read_text()
+)
+QUERIES = layout.config.queries()
+OWN_IMAGES = [query for query in QUERIES if layout.config.image_query(query)]
+JUDGED = [method for method in layout.config.retrain.methods if method != RANDOM]
+ENCODED = [layout.latents, layout.captions, layout.index, layout.encode_manifest]
+MODEL = [layout.weights, layout.architecture, layout.scheduler]
+
+
+def one_of(names):
+    """The wildcard constraint that admits these names; none where the list is empty."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+wildcard_constraints:
+    query=one_of(QUERIES),
+    variant=one_of(layout.config.unlearn),
+    method=one_of(layout.config.score.methods),
+    k=r"\d+",
+    draw=r"draw\d+",
+
+
+def log_file(stage, *names):
+    return os.path.join("logs", layout.name, stage, *names) + ".log"
+
+
+def benchmark_file(stage, *names):
+    return os.path.join("benchmarks", layout.name, stage, *names) + ".tsv"
+
+
+def shaped_by(stages, *keys, **more):
+    """What a job's results hang on beside its input files, as text Snakemake compares between runs.
+
+    Args:
+        stages: the stages whose code runs in the job; their versions count.
+        keys: sections of the config, or (section, key) where the job reads one key alone.
+        more: anything else by name.
+    """
+    settings = layout.config.model_dump(mode="json")
+    for section, key in MECHANICS:
+        del settings[section][key]
+    values = {}
+    for key in keys:
+        path = (key,) if isinstance(key, str) else key
+        value = settings
+        for part in path:
+            value = value[part]
+        values["/".join(path)] = value
+    versions = {stage: VERSIONS[stage] for stage in stages.split()}
+    return json.dumps({"versions": versions, "config": values, **more}, sort_keys=True)
+
+
+def own_image(query):
+    """The user's image file behind a query as a list, empty where the query is generated."""
+    own = layout.config.image_query(query)
+    return [own.image] if own else []
+
+
+def measured(model, query):
+    """What a model says of a query; a user's own image cannot be regenerated."""
+    files = layout.measure(*model, query)
+    return [files["losses"]] if query in OWN_IMAGES else list(files.values())
+
+
+def measures(query):
+    """What every model says of a query."""
+    return [
+        path
+        for model in layout.measured_models(query)
+        for path in measured(model, query)
+    ]
+
+
+def scores(query):
+    """The score tables of every method for a query."""
+    return [layout.score(method, query) for method in layout.config.score.methods]
+
+
+def needs_fisher(variant):
+    return layout.config.unlearn[variant].curvature != "none"

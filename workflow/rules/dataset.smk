@@ -1,0 +1,50 @@
+# prepare and encode: from a dataset's source to arrays a model trains on.
+
+
+rule prepare:
+    output:
+        layout.metadata,
+        layout.data_manifest,
+    log:
+        log_file("prepare", layout.config.prepare.dataset),
+    benchmark:
+        benchmark_file("prepare", layout.config.prepare.dataset)
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=20,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("prepare", "prepare"),
+    shell:
+        "forgetrace prepare --config {params.config:q} > {log} 2>&1"
+
+
+rule encode:
+    input:
+        layout.metadata,
+        layout.data_manifest,
+    output:
+        ENCODED,
+    log:
+        log_file("encode", "encode"),
+    benchmark:
+        benchmark_file("encode", "encode")
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 2
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("encode", "encode", "seed"),
+    shell:
+        "forgetrace encode --config {params.config:q} > {log} 2>&1"
+
+
+rule all_encode:
+    input:
+        ENCODED,

@@ -1,0 +1,133 @@
+# figures: what a reader looks at, each as PNG (in the report) and PDF.
+
+
+rule figure_training:
+    input:
+        layout.curve,
+    output:
+        report(
+            layout.figure("training", "png"),
+            caption="../report/training.rst",
+            category="Model",
+            labels={"figure": "training curve"},
+        ),
+        layout.figure("training", "pdf"),
+    log:
+        log_file("figures", "training"),
+    benchmark:
+        benchmark_file("figures", "training")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("figures"),
+    shell:
+        "forgetrace figures --config {params.config:q} --name training > {log} 2>&1"
+
+
+rule figure_attribution:
+    input:
+        lambda wildcards: scores(wildcards.query),
+        list(layout.query("{query}").values()),
+        layout.index,
+        layout.data_manifest,
+    output:
+        report(
+            layout.figure("attribution-{query}", "png"),
+            caption="../report/attribution.rst",
+            category="Attribution",
+            labels={"query": "{query}"},
+        ),
+        layout.figure("attribution-{query}", "pdf"),
+    log:
+        log_file("figures", "attribution-{query}"),
+    benchmark:
+        benchmark_file("figures", "attribution-{query}")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("figures", "figures"),
+    shell:
+        "forgetrace figures --config {params.config:q} --name attribution-{wildcards.query:q}"
+        " > {log} 2>&1"
+
+
+rule figure_counterfactual:
+    input:
+        lambda wildcards: measures(wildcards.query),
+        list(layout.query("{query}").values()),
+        # Ancient: another query changes this table, but not the rows of this one.
+        ancient(layout.table("per_query")),
+    output:
+        report(
+            layout.figure("counterfactual-{query}", "png"),
+            caption="../report/counterfactual.rst",
+            category="Proof by retraining",
+            labels={"what": "{query}"},
+        ),
+        layout.figure("counterfactual-{query}", "pdf"),
+    log:
+        log_file("figures", "counterfactual-{query}"),
+    benchmark:
+        benchmark_file("figures", "counterfactual-{query}")
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("evaluate figures", ("evaluate", "encoder")),
+    shell:
+        "forgetrace figures --config {params.config:q} --name counterfactual-{wildcards.query:q}"
+        " > {log} 2>&1"
+
+
+rule figure_delta:
+    input:
+        layout.table("per_query"),
+        layout.table("counterfactual"),
+    output:
+        report(
+            layout.figure("delta", "png"),
+            caption="../report/delta.rst",
+            category="Proof by retraining",
+            labels={"what": "all queries"},
+        ),
+        layout.figure("delta", "pdf"),
+    log:
+        log_file("figures", "delta"),
+    benchmark:
+        benchmark_file("figures", "delta")
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("figures", ("retrain", "methods")),
+    shell:
+        "forgetrace figures --config {params.config:q} --name delta > {log} 2>&1"
+
+
+rule all_figures:
+    input:
+        [
+            layout.figure(name, suffix)
+            for name in catalogue.names(layout)
+            for suffix in ("png", "pdf")
+        ],

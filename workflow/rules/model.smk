@@ -1,0 +1,75 @@
+# train and synthesize: the model under study and the images whose influence is asked for.
+
+
+rule train:
+    input:
+        ENCODED,
+    output:
+        MODEL,
+        layout.snapshots,
+        layout.curve,
+        layout.recipe,
+    log:
+        log_file("train", "train"),
+    benchmark:
+        benchmark_file("train", "train")
+    # Everything but the shared retrainings waits for it.
+    priority: TRAINING_FIRST
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: layout.config.train.threads
+    resources:
+        mem_mb=3000,
+        runtime=240,
+        gpu=1,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("train", "train", "seed"),
+    shell:
+        "forgetrace train --config {params.config:q} --device auto > {log} 2>&1"
+
+
+rule all_train:
+    input:
+        rules.train.output,
+
+
+rule synthesize:
+    input:
+        MODEL,
+        layout.captions,
+        layout.encode_manifest,
+        layout.metadata,
+        layout.data_manifest,
+        own_image=lambda wildcards: own_image(wildcards.query),
+    output:
+        list(layout.query("{query}").values()),
+    log:
+        log_file("synthesize", "{query}"),
+    benchmark:
+        benchmark_file("synthesize", "{query}")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+        gpu=1,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=lambda wildcards: shaped_by(
+            "synthesize",
+            "seed",
+            ("synthesize", "sampler_steps"),
+            ("synthesize", "guidance"),
+            prompt=getattr(layout.config.image_query(wildcards.query), "prompt", None),
+        ),
+    shell:
+        "forgetrace synthesize --config {params.config:q} --query {wildcards.query:q} --threads {threads}"
+        " --device auto > {log} 2>&1"
+
+
+rule all_synthesize:
+    input:
+        [path for query in QUERIES for path in layout.query(query).values()],
