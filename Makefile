@@ -58,7 +58,7 @@ pull: environment experiment ## data and results of the default experiment from 
 
 dag: environment experiment ## the rules and their order, as a graph (SVG where Graphviz is installed)
 	@mkdir -p results/$(EXPERIMENT)
-	$(SNAKEMAKE) --rulegraph all > results/$(EXPERIMENT)/rules.dot
+	$(SNAKEMAKE) --rulegraph dot all > results/$(EXPERIMENT)/rules.dot
 	@if command -v dot > /dev/null; then dot -Tsvg -o results/$(EXPERIMENT)/rules.svg results/$(EXPERIMENT)/rules.dot; fi; \
 	ls results/$(EXPERIMENT)/rules.*
 

@@ -78,7 +78,7 @@ def _with_weights(layout: Layout, encoded: Encoded, weights: Weights, device: st
     unet = build_unet(layout.config.train, shape, width, seed=0)
     unet.load_state_dict(weights)
     unet.requires_grad_(False).eval()
-    return unet.to(pick_device(device), memory_format=torch.channels_last)
+    return unet.to(pick_device(device))
 
 
 def _is_measured(files: dict[str, str], key: str) -> bool:

@@ -1,5 +1,6 @@
 """Where the work runs and in which precision."""
 
+import ctypes
 import functools
 
 import torch
@@ -48,3 +49,22 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         return "bf16" if native_bf16(device) else "fp32"
     return precision
+
+
+# glibc's mallopt parameters, from malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def tune_cpu() -> None:
+    """Keep freed memory in the process and treat denormal numbers as zero.
+
+    A training step allocates and frees the same few hundred tensors; by default glibc hands large ones
+    back to the kernel each time, and their page faults cost a tenth of the step.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # not glibc
+    mallopt(M_MMAP_THRESHOLD, 2**30)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

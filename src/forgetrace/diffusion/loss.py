@@ -45,7 +45,6 @@ def example_losses(
         Losses (B,), float32.
     """
     inputs, target = noised(scheduler, latents, noise, timesteps)
-    inputs = inputs.contiguous(memory_format=torch.channels_last)
     prediction = unet(inputs, timesteps, encoder_hidden_states=captions, return_dict=False)[0]
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
 

@@ -72,7 +72,7 @@ def load_unet(layout: Layout, device: torch.device, weights: str | Path | None =
         weights: all or some of its weights; some are laid over θ0's.
 
     Returns:
-        The UNet in evaluation mode, channels last (convolutions are faster so), no gradients needed.
+        The UNet in evaluation mode, no gradients needed.
 
     Raises:
         UserError: weights are missing, damaged or belong to another architecture.
@@ -82,7 +82,7 @@ def load_unet(layout: Layout, device: torch.device, weights: str | Path | None =
     if weights is not None and str(weights) != layout.weights:
         load_weights(unet, weights, partial=True)
     unet.requires_grad_(False).eval()
-    return unet.to(device, memory_format=torch.channels_last)
+    return unet.to(device)
 
 
 def load_weights(unet: UNet2DConditionModel, path: str | Path, partial: bool = False) -> None:

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgetrace.artifacts import UserError, atomic, fingerprint, read_json
 from forgetrace.config import Train
-from forgetrace.diffusion.device import pick_device, resolve_precision
+from forgetrace.diffusion.device import pick_device, resolve_precision, tune_cpu
 from forgetrace.diffusion.draws import draw_step
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import build_scheduler, build_unet
@@ -67,7 +67,7 @@ def training_key(layout: Layout, training: Training, precision: str) -> str:
             "precision": precision,
             "seed": training.seed,
             "removed": np.flatnonzero(training.removed).tolist(),
-            "data": read_json(layout.encode_manifest)["sha256"],
+            "data": read_json(layout.encode_manifest)["source"],
             "torch": torch.__version__,
         }
     )
@@ -97,6 +97,7 @@ def train(
     """
     recipe = layout.config.train
     torch.set_num_threads(recipe.threads)
+    tune_cpu()
     target = pick_device(device)
     precision = resolve_precision(recipe.precision, target)
     accelerator = Accelerator(cpu=target.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
@@ -132,7 +133,7 @@ class _Loop:
         self.shape = tuple(encoded.latents.shape[1:])
         unet = build_unet(recipe, self.shape, encoded.captions.shape[2], training.seed)
         self.scheduler = build_scheduler(recipe)
-        unet = unet.to(accelerator.device, memory_format=torch.channels_last)
+        unet = unet.to(accelerator.device)
         self.ema = EMAModel(unet.parameters(), decay=recipe.ema_decay, foreach=True)
         optimizer = torch.optim.AdamW(
             unet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True

@@ -5,6 +5,7 @@ import pandas as pd
 
 from forgetrace.artifacts import (
     UserError,
+    fingerprint,
     provenance,
     read_array,
     read_image,
@@ -17,7 +18,7 @@ from forgetrace.artifacts import (
 )
 from forgetrace.datasets.prepare import TRAIN, read_metadata
 from forgetrace.encoding.latents import to_latents
-from forgetrace.encoding.text import token_states
+from forgetrace.encoding.text import WEIGHTS_SHA256, token_states
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
 
@@ -46,7 +47,7 @@ def encode(layout: Layout) -> None:
     )
     write_array(layout.latents, to_latents(pixels, settings.factor))
     write_array(layout.captions, token_states(captions))
-    made_by = provenance(layout.config.digest_of("encode"), {"metadata": layout.metadata})
+    made_by = provenance(layout.config.digest_of("encode"), {"metadata": layout.metadata, "data": layout.data_manifest})
     write_table(layout.index, index, made_by)
     write_json(
         layout.encode_manifest,
@@ -55,6 +56,8 @@ def encode(layout: Layout) -> None:
             "image_shape": list(pixels.shape[1:]),
             "latent_shape": list(read_array(layout.latents, mmap=True).shape[1:]),
             "caption_shape": list(read_array(layout.captions, mmap=True).shape[1:]),
+            # Equal on every machine, unlike the bits a text encoder computes on another CPU.
+            "source": fingerprint([made_by["inputs"], made_by["config"], WEIGHTS_SHA256, layout.config.seed]),
             "sha256": {role: sha256_of(path) for role, path in _files(layout).items()},
             "made_by": made_by,
         },
