@@ -18,9 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_committed_schema_is_the_generated_one():
-    assert (ROOT / SCHEMA_FILE).read_text(encoding="utf-8") == schema_text(), (
-        "run `forgetrace schema --write`"
-    )
+    assert (ROOT / SCHEMA_FILE).read_text(encoding="utf-8") == schema_text(), "run `forgetrace schema --write`"
 
 
 def test_the_key_tables_of_the_readme_are_the_generated_ones():

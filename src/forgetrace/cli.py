@@ -152,11 +152,11 @@ def scan(
 
 
 @app.command(help=f"Rank the training images for one query.\n\n\b\nAttribution methods:\n{describe()}")
-def score(
+def score(  # noqa: D103 - its help is built from the registry
     config: ConfigPath,
     method: Annotated[str, typer.Option(help="A method of the config's section score.")],
     query: QueryName,
-) -> None:  # noqa: D103 - its help is built from the registry
+) -> None:
     from forgetrace.attribution.score import score
 
     score(_experiment(config, query), method, query)

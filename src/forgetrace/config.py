@@ -219,9 +219,7 @@ class Config(Section):
     def _coherent(self):
         limit = self.encode.max_images or DATASET_SIZES[self.prepare.dataset]
         if largest := [k for k in self.retrain.k if k >= limit]:
-            raise ValueError(
-                f"retrain.k: {largest[0]} images cannot be left out of {limit}; choose a smaller K"
-            )
+            raise ValueError(f"retrain.k: {largest[0]} images cannot be left out of {limit}; choose a smaller K")
         for method in self.retrain.methods:
             if method not in self.score.methods:
                 raise ValueError(f"retrain.methods: '{method}' is not one of score.methods")

@@ -162,11 +162,11 @@ class Layout:
         """Weights of a retrained model."""
         if method == BASE:
             return self.weights
-        return f"{self.root}/retrain/{method}/k{k}/{member}/model.safetensors"
+        return f"{self.root}/retrain/weights/{method}/k{k}/{member}.safetensors"
 
     def measure(self, method: str, k: int | str, member: str, query: str) -> dict[str, str]:
-        """What a model says of a query: ``losses`` (JSON) and the regenerated ``image``."""
-        stem = f"{self.root}/retrain/{method}/k{k}/{member}/{query}"
+        """What a model says of a query: ``losses`` (JSON) and, unless it is a user's, the regenerated ``image``."""
+        stem = f"{self.root}/retrain/measures/{method}/k{k}/{member}/{query}"
         return {"losses": f"{stem}.json", "image": f"{stem}.png"}
 
     def shared_models(self) -> list[tuple[str, int, str]]:

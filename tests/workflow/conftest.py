@@ -35,9 +35,7 @@ class Checkout:
             target = folder / part
             target.parent.mkdir(parents=True, exist_ok=True)
             if (ROOT / part).is_dir():
-                shutil.copytree(
-                    ROOT / part, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
-                )
+                shutil.copytree(ROOT / part, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
             else:
                 shutil.copy(ROOT / part, target)
         return cls(folder)

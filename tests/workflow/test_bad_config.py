@@ -32,8 +32,6 @@ def test_a_mistake_is_named_before_any_job(checkout, mistake):
 
 
 def test_values_on_the_command_line_are_refused_because_jobs_would_not_see_them(checkout):
-    refused = checkout(
-        "snakemake", "-n", "--configfile", "config/smoke.yaml", "--config", "seed=1", check=False
-    )
+    refused = checkout("snakemake", "-n", "--configfile", "config/smoke.yaml", "--config", "seed=1", check=False)
     assert refused.returncode == 1
     assert "config/smoke.yaml" in refused.stderr.strip().splitlines()[-1]

@@ -157,9 +157,7 @@ def test_a_killed_run_resumes_to_equal_scores(smoke, tmp_path):
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
     time.sleep(1)
-    finished = {
-        path: path.stat().st_mtime_ns for path in (again.folder / "results/digits/scan").rglob("*.npz")
-    }
+    finished = {path: path.stat().st_mtime_ns for path in (again.folder / "results/digits/scan").rglob("*.npz")}
     again("python", "workflow/scripts/clear_stale_lock.py")
     again("snakemake", "--cores", "2", "all_score")
     for path, modified in finished.items():

@@ -30,7 +30,7 @@ class Attributor(ABC):
         self.options: Method = layout.config.score.methods[method]
 
     @classmethod
-    def check(cls, config: Config, method: str) -> None:  # noqa: B027 - most methods have nothing to check
+    def check(cls, config: Config, method: str) -> None:
         """Raise ``UserError`` where the config lacks what the method needs."""
 
     @abstractmethod

@@ -4,8 +4,8 @@ from forgetrace.artifacts import UserError
 from forgetrace.attribution.baselines import Pixel, PixelL2, Random, Text
 from forgetrace.attribution.contract import Attributor
 from forgetrace.attribution.unlearning import Unlearning
-from forgetrace.config import RANDOM, Config
-from forgetrace.layout import Layout
+from forgetrace.config import RANDOM, SEED_SET, Config
+from forgetrace.layout import BASE, Layout
 
 ATTRIBUTORS: dict[str, type[Attributor]] = {
     "unlearning": Unlearning,
@@ -37,14 +37,15 @@ def check_methods(config: Config) -> None:
     """Check every entry of ``score.methods`` before anything runs.
 
     Raises:
-        UserError: an unknown attributor, or an unlearning variant that is not in the config.
+        UserError: a reserved name, an unknown attributor, or an unlearning variant that is not in the config.
     """
     for method, options in config.score.methods.items():
+        if method in (BASE, SEED_SET):
+            raise UserError(f"score.methods.{method}: '{method}' names models of the evaluation; choose another name.")
         name = options.attributor or method
         if name not in ATTRIBUTORS:
             raise UserError(
-                f"score.methods.{method}: '{name}' is no attribution method; "
-                f"choose one of {', '.join(ATTRIBUTORS)}."
+                f"score.methods.{method}: '{name}' is no attribution method; choose one of {', '.join(ATTRIBUTORS)}."
             )
         ATTRIBUTORS[name].check(config, method)
 

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from forgetrace.artifacts import fingerprint, read_arrays, read_image, sha256_of, write_image, write_json
+from forgetrace.artifacts import fingerprint, read_arrays, sha256_of, write_image, write_json
+from forgetrace.diffusion.device import processor_name
 from forgetrace.diffusion.loss import batched_losses
 from forgetrace.diffusion.model import load_scheduler
 from forgetrace.diffusion.noise import NoiseBank
@@ -15,6 +16,8 @@ from forgetrace.layout import Layout
 
 def measure(layout: Layout, unet: UNet2DConditionModel, model: tuple[str, int, str], query: str, key: str) -> None:
     """Write a model's losses on a query and the regenerated image.
+
+    A user's image has no initial noise to be regenerated from: its losses are all there is.
 
     Args:
         layout: the experiment.
@@ -28,12 +31,10 @@ def measure(layout: Layout, unet: UNet2DConditionModel, model: tuple[str, int, s
     regenerated = "initial_noise" in arrays
     if regenerated:
         latent = regenerate(layout, unet, arrays["initial_noise"], arrays["prompt"])
-        pixels = to_pixels(latent[None], layout.config.encode.factor)[0]
-    else:
-        # A user's image has no initial noise to regenerate it from; the query stands in for it.
-        pixels = read_image(layout.query(query)["image"])
-    write_image(files["image"], pixels)
+        write_image(files["image"], to_pixels(latent[None], layout.config.encode.factor)[0])
     record = {"query": query, "method": model[0], "k": int(model[1]), "member": model[2]}
+    # Rounding differs between processors: a table may mix them, but must be able to say so.
+    record |= {"processor": processor_name(next(unet.parameters()).device)}
     record |= {"key": key, "regenerated": regenerated, "loss": float(losses.mean())}
     record |= {"timesteps": timesteps.tolist(), "losses": [round(float(value), 8) for value in losses]}
     write_json(files["losses"], record)

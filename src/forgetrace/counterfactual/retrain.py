@@ -83,9 +83,8 @@ def _with_weights(layout: Layout, encoded: Encoded, weights: Weights, device: st
 
 def _is_measured(files: dict[str, str], key: str) -> bool:
     """Whether an earlier run left the measurement with this fingerprint."""
-    if not all(Path(path).is_file() for path in files.values()):
-        return False
     try:
-        return read_json(files["losses"]).get("key") == key
+        record = read_json(files["losses"])
     except UserError:
         return False
+    return record.get("key") == key and (Path(files["image"]).is_file() or not record["regenerated"])

@@ -61,10 +61,7 @@ def examples(seed: int) -> Iterator[Example]:
     background_of = draw.integers(len(backgrounds), size=len(labels))
     for i, label in enumerate(labels):
         ink, background = inks[ink_of[i]], backgrounds[background_of[i]]
-        caption = (
-            f"a {WEIGHTS[weights[i]]} {ink} {DIGITS[label]} {SLANTS[slants[i]]}"
-            f" on a {background} background"
-        )
+        caption = f"a {WEIGHTS[weights[i]]} {ink} {DIGITS[label]} {SLANTS[slants[i]]} on a {background} background"
         yield Example(f"digit-{i:04d}", _paint(coverage[i], INKS[ink], BACKGROUNDS[background]), caption)
 
 

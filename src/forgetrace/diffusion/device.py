@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import platform
+from pathlib import Path
 
 import torch
 
@@ -36,12 +38,25 @@ def native_bf16(device: torch.device) -> bool:
 
 
 @functools.cache
-def _cpu_has_bf16() -> bool:
+def _cpuinfo() -> str:
+    """What Linux says of the processors; empty elsewhere."""
     try:
-        flags = open("/proc/cpuinfo").read()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
+        return ""
+
+
+def _cpu_has_bf16() -> bool:
+    return any(flag in _cpuinfo() for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def processor_name(device: torch.device) -> str:
+    """The model of the GPU, or of the CPU with its widest vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    models = [line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
+    name = models[0] if models else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -64,9 +64,7 @@ def generate_query(layout: Layout, unet: UNet2DConditionModel, query: str) -> tu
     return record, {"latent": latent, "initial_noise": initial, "prompt": states}
 
 
-def regenerate(
-    layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, prompt: np.ndarray
-) -> np.ndarray:
+def regenerate(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, prompt: np.ndarray) -> np.ndarray:
     """The latent a model makes of one query's initial noise and prompt.
 
     Args:

@@ -125,9 +125,7 @@ def train(
 class _Loop:
     """The state of a training and its one step."""
 
-    def __init__(
-        self, layout: Layout, encoded: Encoded, training: Training, accelerator: Accelerator, precision: str
-    ):
+    def __init__(self, layout: Layout, encoded: Encoded, training: Training, accelerator: Accelerator, precision: str):
         recipe = layout.config.train
         self.recipe, self.encoded, self.training, self.accelerator = recipe, encoded, training, accelerator
         self.shape = tuple(encoded.latents.shape[1:])

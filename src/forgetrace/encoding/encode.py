@@ -10,7 +10,6 @@ from forgetrace.artifacts import (
     read_array,
     read_image,
     read_json,
-    read_table,
     sha256_of,
     write_array,
     write_json,

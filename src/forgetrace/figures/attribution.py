@@ -70,9 +70,7 @@ def _top(layout: Layout, method: str, query: str, index: pd.DataFrame) -> list[_
     path = layout.score(method, query)
     top = read_table(path).nsmallest(layout.config.figures.top, "rank")
     if unknown := [image for image in top["image_id"] if image not in index.index]:
-        raise UserError(
-            f"{path} ranks the image {unknown[0]}, which {layout.index} lacks: delete it and run again."
-        )
+        raise UserError(f"{path} ranks the image {unknown[0]}, which {layout.index} lacks: delete it and run again.")
     common = _words_of_all(index["caption"])
     return [
         _Ranked(

@@ -113,7 +113,5 @@ def _values(layout: Layout, query: str) -> dict[tuple[str, int, str], dict[str, 
         values.setdefault((row.method, row.k, row.member), {})[row.metric] = row.value
     if missing := [model for model in layout.measured_models(query) if model not in values]:
         method, k, member = missing[0]
-        raise UserError(
-            f"{path} lacks {method}, K = {k}, {member} for the query {query}: run `evaluate` again."
-        )
+        raise UserError(f"{path} lacks {method}, K = {k}, {member} for the query {query}: run `evaluate` again.")
     return values

@@ -27,9 +27,7 @@ def draw(layout: Layout, name: str) -> None:
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
         for axes, metric in zip(panels, shown, strict=True):
-            _panel(
-                axes, layout, metric, summary[summary["metric"] == metric], values[values["metric"] == metric]
-            )
+            _panel(axes, layout, metric, summary[summary["metric"] == metric], values[values["metric"] == metric])
         figure.legend(handles=_legend(layout, summary), loc="outside lower center", ncols=6, fontsize=8)
         save(figure, layout, name)
 

@@ -38,7 +38,12 @@ class Query:
 
 
 def query_gradient(
-    unet: UNet2DConditionModel, scheduler: DDPMScheduler, query: Query, names: list[str], draws: range, seed: int
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    query: Query,
+    names: list[str],
+    draws: range,
+    seed: int,
 ) -> Weights:
     """∇L(ẑ, ĉ; θ) on the named weights, the mean over draws of (t, ε).
 

@@ -12,7 +12,6 @@ import torch
 
 from forgetrace.artifacts import UserError
 from forgetrace.config import Variant
-from forgetrace.curvature.contract import Curvature
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet, load_weights
 from forgetrace.diffusion.synthesis import generate_query
