@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-import zipfile
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -32,8 +32,13 @@ class UserError(Exception):
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path that becomes ``path`` when the block ends without an exception.
+
+    Args:
+        path: the file to write; its folder is made.
+        durable: wait until the bytes are on the disk, so that not even a power cut leaves an empty
+            file under the final name.
 
     Raises:
         UserError: the disk is full or the folder cannot be written to.
@@ -43,8 +48,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        if durable:
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
         temporary.replace(path)
     except Exception as error:
         if reason := _unwritable(error):
@@ -61,16 +67,24 @@ def _unwritable(error: Exception) -> str | None:
     """The reason a write failed, with the way out; None where it is not the file system's doing."""
     code = getattr(error, "errno", None)
     # safetensors reports an I/O error as text only.
-    if code == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
+    if code is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        code = int(found[1])
+    if code in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space and run the same command again"
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS) or "os error 13" in str(error):
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "no permission to write there; check the folder's owner and mode, then run again"
+    if code in (errno.EEXIST, errno.ENOTDIR):
+        return "a file stands where one of its folders should be; move it away and run again"
     return None
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as content:
+    """Hex SHA-256 of a file's bytes.
+
+    Raises:
+        UserError: the file is missing or cannot be read.
+    """
+    with _readable(path), open(path, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
@@ -172,11 +186,12 @@ def read_table(path: str | Path) -> "pd.DataFrame":
 def write_image(path: str | Path, pixels: np.ndarray) -> None:
     """Write pixels of shape (height, width, 3), uint8, as an uncompressed PNG.
 
-    Stored, not deflated: deflate streams differ between zlib builds, these bytes do not.
+    Stored, not deflated: deflate streams differ between zlib builds, these bytes do not. Not durable:
+    thousands are written at once, and the manifest or record written after them is.
     """
     from PIL import Image
 
-    with atomic(path) as temporary:
+    with atomic(path, durable=False) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG", compress_level=0)
 
 
@@ -190,22 +205,18 @@ def read_image(path: str | Path) -> np.ndarray:
 
 @contextmanager
 def _readable(path: str | Path) -> Iterator[None]:
-    """Turn whatever a reader raises on a missing or damaged file into one sentence."""
+    """Turn whatever a reader raises on a missing or damaged file into one sentence.
+
+    A damaged file makes its reader raise nearly anything, so the block must do nothing but read.
+    """
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run the stage that makes it, or `make reproduce`.") from None
     except PermissionError:
         raise UserError(f"{path} cannot be read: check its owner and mode.") from None
-    except (OSError, ValueError, KeyError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
-        raise UserError(_damaged(path, error)) from error
+    except ImportError:
+        raise  # the installation's fault, not the file's
     except Exception as error:
-        # safetensors and pyarrow raise classes of their own; importing them here would cost seconds.
-        if type(error).__module__.split(".")[0] in ("safetensors", "safetensors_rust", "pyarrow", "pandas"):
-            raise UserError(_damaged(path, error)) from error
-        raise
-
-
-def _damaged(path: str | Path, error: Exception) -> str:
-    reason = str(error).split("\n")[0]
-    return f"{path} is damaged ({reason}): delete it and run again to rebuild it."
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is damaged ({reason}): delete it and run again to rebuild it.") from error

@@ -27,14 +27,14 @@ RANDOM = "random"
 class Section(BaseModel):
     """Base of all sections: an unknown key is an error, values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Prepare(Section):
     """Build the dataset: images, captions and the split into pools."""
 
     dataset: Literal["digits"] = Field("digits", description="Dataset source; data goes to data/<dataset>.")
-    seed: int = Field(0, description="Seed of the colours and of the caption split.")
+    seed: int = Field(0, ge=0, description="Seed of the colours and of the caption split.")
     tuning_captions: Positive = Field(60, description="Distinct captions held out for choosing settings.")
     report_captions: Positive = Field(60, description="Distinct captions held out for reported queries.")
 
@@ -90,6 +90,8 @@ class Train(Section):
             raise ValueError("cross_attention needs one entry per entry of channels")
         if self.warmup_steps >= self.steps:
             raise ValueError("warmup_steps must be smaller than steps")
+        if self.snapshots > self.steps:
+            raise ValueError("snapshots must not outnumber steps")
         if any(width % self.norm_groups or width % self.attention_heads for width in self.channels):
             raise ValueError("every entry of channels must be divisible by norm_groups and attention_heads")
         return self
@@ -223,6 +225,16 @@ class Config(Section):
         for method in self.retrain.methods:
             if method not in self.score.methods:
                 raise ValueError(f"retrain.methods: '{method}' is not one of score.methods")
+        for key in ("methods", "k"):
+            values = getattr(self.retrain, key)
+            if len(set(values)) != len(values):
+                raise ValueError(f"retrain.{key}: an entry occurs twice")
+        for key, count in (
+            ("scan.timesteps", self.scan.timesteps),
+            ("synthesize.sampler_steps", self.synthesize.sampler_steps),
+        ):
+            if count > self.train.timesteps:
+                raise ValueError(f"{key}: {count} is more than train.timesteps = {self.train.timesteps}")
         names = self.queries()
         if len(set(names)) != len(names):
             raise ValueError("synthesize.queries: two queries have the same name")

@@ -16,5 +16,5 @@ def generator(seed: int, *name: object) -> np.random.Generator:
         seed: the experiment's or a training's seed.
         name: what the numbers are for, such as ``("train", step)``; compared by text.
     """
-    digest = hashlib.sha256(repr((seed, *map(str, name))).encode()).digest()
+    digest = hashlib.sha256(repr((int(seed), *map(str, name))).encode()).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))

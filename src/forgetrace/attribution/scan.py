@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from forgetrace.artifacts import fingerprint, provenance, sha256_of, write_arrays
+from forgetrace.artifacts import fingerprint, provenance, sha256_of, write_array, write_arrays
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.loss import batched_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
@@ -98,9 +98,7 @@ def _own_noise(bank: NoiseBank, encoded: Encoded, rows: np.ndarray) -> np.ndarra
 
 def _resumable(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """A memory-mapped array of NaN, or what an interrupted scan left of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        return np.lib.format.open_memmap(path, mode="r+")
-    losses = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    losses[:] = np.nan
-    return losses
+    if not path.exists():
+        # Written in full, so that a full disk is noticed now and not when a page is first touched.
+        write_array(path, np.full(shape, np.nan, dtype=np.float32))
+    return np.lib.format.open_memmap(path, mode="r+")

@@ -93,7 +93,7 @@ def read_metadata(path: str | Path) -> list[dict]:
     """
     rows = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}): run `snakemake prepare`.") from None
     for number, line in enumerate(lines, 1):

@@ -3,9 +3,9 @@
 import numpy as np
 from accelerate import PartialState
 
-from forgetrace.artifacts import provenance, write_json, write_table, write_tensors
+from forgetrace.artifacts import provenance, read_tensors, write_json, write_table, write_tensors
 from forgetrace.diffusion.model import build_scheduler, build_unet, save_architecture
-from forgetrace.diffusion.training import Training, discard_checkpoints, learning_rate, train
+from forgetrace.diffusion.training import Training, discard_checkpoints, learning_rate, snapshot_path, train
 from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import BASE, Layout
 
@@ -18,17 +18,15 @@ def train_base(layout: Layout, device: str = "auto") -> None:
     """
     config, encoded = layout.config, load_encoded(layout)
     made_by = provenance(config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
-    snapshot_path = dict(zip(config.train.snapshot_steps(), layout.snapshots, strict=True))
-
-    def on_snapshot(step: int, weights: dict) -> None:
-        # TracIn weighs a snapshot's gradients by the learning rate it was trained with.
-        rate = {"step": step, "learning_rate": learning_rate(config.train, step - 1)}
-        write_tensors(snapshot_path[step], weights, made_by | rate)
-
+    snapshots = config.train.snapshot_steps()
     training = Training(BASE, config.seed, np.zeros(len(encoded), dtype=bool))
-    weights, curve, record = train(layout, encoded, training, device, on_snapshot)
+    weights, curve, record = train(layout, encoded, training, device, snapshots)
     if not PartialState().is_main_process:
         return
+    for step, path in zip(snapshots, layout.snapshots, strict=True):
+        # TracIn weighs a snapshot's gradients by the learning rate it was trained with.
+        rate = {"step": step, "learning_rate": learning_rate(config.train, step - 1)}
+        write_tensors(path, read_tensors(snapshot_path(layout, BASE, step)), made_by | rate)
     shape, width = tuple(encoded.latents.shape[1:]), encoded.captions.shape[2]
     save_architecture(build_unet(config.train, shape, width, config.seed), build_scheduler(config.train), layout)
     write_tensors(layout.weights, weights, made_by)

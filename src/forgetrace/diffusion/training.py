@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from forgetrace.artifacts import UserError, atomic, fingerprint, read_json
+from forgetrace.artifacts import UserError, atomic, fingerprint, read_json, write_tensors
 from forgetrace.config import Train
 from forgetrace.diffusion.device import pick_device, resolve_precision, tune_cpu
 from forgetrace.diffusion.draws import draw_step
@@ -78,7 +78,7 @@ def train(
     encoded: Encoded,
     training: Training,
     device: str = "auto",
-    on_snapshot: Callable[[int, Weights], None] | None = None,
+    snapshots: Collection[int] = (),
 ) -> tuple[Weights, pd.DataFrame, dict]:
     """Train a model from scratch, or resume where a killed run left off.
 
@@ -87,7 +87,7 @@ def train(
         encoded: the training set, D.
         training: seed and removed images.
         device: as :func:`forgetrace.diffusion.device.pick_device`.
-        on_snapshot: called with the number of finished steps and the raw weights.
+        snapshots: numbers of finished steps whose raw weights go to :func:`snapshot_path`.
 
     Returns:
         The averaged (EMA) weights, the curve (step, loss, learning_rate) and a record of the run.
@@ -108,15 +108,18 @@ def train(
         )
     _make_deterministic()
     loop = _Loop(layout, encoded, training, accelerator, precision)
-    snapshots = set(recipe.snapshot_steps())
+    loop.resume(snapshots)
     with progress(total=recipe.steps, unit="step", what=f"train {training.name}", done=loop.step) as bar:
         while loop.step < recipe.steps:
             loop.run_step()
             bar.update()
+            if not accelerator.is_main_process:
+                continue
+            # Before the checkpoint: a run that resumes after this step does not come by here again.
+            if loop.step in snapshots:
+                write_tensors(snapshot_path(layout, training.name, loop.step), loop.raw_weights(), {})
             if loop.step % recipe.checkpoint_every == 0 and loop.step < recipe.steps:
                 loop.save_checkpoint()
-            if on_snapshot and loop.step in snapshots and accelerator.is_main_process:
-                on_snapshot(loop.step, loop.raw_weights())
     record = {"key": loop.key, "seed": training.seed, "precision": precision, "threads": recipe.threads}
     record |= {"processes": accelerator.num_processes, "removed": int(training.removed.sum())}
     return loop.averaged_weights(), loop.curve(), record
@@ -143,8 +146,7 @@ class _Loop:
         self.attention = (lambda: sdpa_kernel(SDPBackend.MATH)) if math_attention else contextlib.nullcontext
         self.step, self.losses = 0, []
         self.key = training_key(layout, training, precision)
-        self.folder = Path(layout.checkpoints(training.name))
-        self._resume()
+        self.layout = layout
 
     def run_step(self) -> None:
         """One optimiser step."""
@@ -159,7 +161,7 @@ class _Loop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self._bare().parameters())
-        self.losses.append(loss.item())
+        self.losses.append(self.accelerator.reduce(loss.detach(), "mean").item())
         self.step += 1
         if not math.isfinite(self.losses[-1]):
             raise UserError(
@@ -210,8 +212,6 @@ class _Loop:
 
     def save_checkpoint(self) -> None:
         """Write everything the rest of the loop depends on."""
-        if not self.accelerator.is_main_process:
-            return
         state = {
             "key": self.key,
             "step": self.step,
@@ -220,20 +220,29 @@ class _Loop:
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
         }
-        with atomic(self.folder / "last.pt") as temporary:
-            torch.save(state, temporary)
+        # Given an open file, torch reports a full disk as the OSError it is.
+        with atomic(self._checkpoint()) as temporary, open(temporary, "wb") as out:
+            torch.save(state, out)
 
-    def _resume(self) -> None:
-        path = self.folder / "last.pt"
+    def _checkpoint(self) -> Path:
+        return Path(self.layout.checkpoints(self.training.name)) / "last.pt"
+
+    def resume(self, snapshots: Collection[int]) -> None:
+        """Continue from the checkpoint, where there is one of this very training with its snapshots."""
+        path, name = self._checkpoint(), self.training.name
         if not path.exists():
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            key, step = state["key"], state["step"]
         except Exception as error:
-            log.warning("%s is damaged (%s); training %s from the start.", path, error, self.training.name)
+            log.warning("%s is damaged (%s); training %s from the start.", path, error, name)
             return
-        if state["key"] != self.key:
-            log.warning("%s is of another training; training %s from the start.", path, self.training.name)
+        if key != self.key:
+            log.warning("%s is of another training; training %s from the start.", path, name)
+            return
+        if not all(snapshot_path(self.layout, name, past).exists() for past in snapshots if past <= step):
+            log.warning("%s lacks earlier snapshots; training %s from the start.", path.parent, name)
             return
         self._bare().load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -241,6 +250,14 @@ class _Loop:
         self.ema.to(self.accelerator.device)
         self.step, self.losses = state["step"], state["losses"]
         log.warning("Resuming the training %s after step %d.", self.training.name, self.step)
+
+
+def snapshot_path(layout: Layout, training: str, step: int) -> Path:
+    """Where an unfinished training keeps a snapshot.
+
+    Beside its checkpoints, because Snakemake removes a killed job's outputs before it runs it again.
+    """
+    return Path(layout.checkpoints(training)) / f"step-{step:06d}.safetensors"
 
 
 def discard_checkpoints(layout: Layout, training: str) -> None:

@@ -44,11 +44,11 @@ def load_encoded(layout: Layout) -> Encoded:
     Raises:
         UserError: a file is missing, damaged or from another encoding.
     """
-    recorded = read_json(layout.encode_manifest)["sha256"]
+    recorded = read_json(layout.encode_manifest).get("sha256", {})
     for role, path in {"latents": layout.latents, "captions": layout.captions, "index": layout.index}.items():
         try:
-            intact = sha256_of(path) == recorded[role]
-        except OSError:
+            intact = sha256_of(path) == recorded.get(role)
+        except UserError:
             intact = False
         if not intact:
             raise UserError(

@@ -1,0 +1,199 @@
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from forgetrace.artifacts import read_arrays, read_json, write_array
+from forgetrace.attribution import scan as module
+from forgetrace.attribution.scan import scan, scan_losses, scan_noise
+from forgetrace.diffusion.loss import example_losses
+from forgetrace.diffusion.model import load_scheduler, load_unet
+from forgetrace.diffusion.noise import NoiseBank
+from forgetrace.encoding.store import load_encoded
+from forgetrace.layout import Layout
+
+from ..conftest import IMAGES, in_child, settings
+
+TIMESTEPS = 4
+
+
+def scanned(layout: Layout, batch_size: int = 64, shards: int = 1, threads: int = 1, noise: str = "shared") -> np.ndarray:
+    layout = replace(layout, config=settings(scan={"noise": noise}))
+    encoded, scheduler = load_encoded(layout), load_scheduler(layout)
+    losses = np.full((len(encoded), TIMESTEPS), np.nan, dtype=np.float32)
+    torch.set_num_threads(threads)
+    for shard in np.array_split(np.arange(len(encoded)), shards):
+        bank = scan_noise(layout, encoded, scheduler)
+        scan_losses(load_unet(layout, torch.device("cpu")), scheduler, encoded, bank, losses, batch_size, shard)
+    return losses
+
+
+def by_hand(layout: Layout, noise: str) -> np.ndarray:
+    """One image and one timestep at a time."""
+    encoded, scheduler = load_encoded(layout), load_scheduler(layout)
+    unet = load_unet(layout, torch.device("cpu"))
+    timesteps = np.array([0, 25, 50, 75])
+    bank = NoiseBank(5, "scan", timesteps, (12, 8, 8), shared=noise == "shared")
+    losses = np.empty((len(encoded), TIMESTEPS))
+    for i, image_id in enumerate(encoded.image_ids):
+        for j, timestep in enumerate(timesteps):
+            epsilon = torch.from_numpy(bank.noise(image_id, j))[None]
+            latent = torch.from_numpy(np.array(encoded.latents[i]))[None]
+            caption = encoded.captions[encoded.caption_rows[i]][None]
+            with torch.no_grad():
+                loss = example_losses(unet, scheduler, latent, caption, torch.tensor([timestep]), epsilon)
+            losses[i, j] = loss.item()
+    return losses
+
+
+@pytest.mark.parametrize("noise", ["shared", "per-image"])
+def test_the_scan_is_the_plain_loop_whatever_the_batches_shards_and_threads(tiny, noise):
+    expected = by_hand(tiny, noise)
+    ways = {
+        "one batch": {"batch_size": IMAGES * TIMESTEPS},
+        "batches of 7 images": {"batch_size": 7 * TIMESTEPS},
+        "batches smaller than an image's timesteps": {"batch_size": 3},
+        "3 shards": {"shards": 3},
+        "2 threads": {"threads": 2, "batch_size": IMAGES * TIMESTEPS},
+    }
+    for way, options in ways.items():
+        np.testing.assert_allclose(scanned(tiny, noise=noise, **options), expected, rtol=1e-6, err_msg=way)
+
+
+def test_the_stage_writes_these_losses_and_removes_what_it_needed(tiny):
+    result = read_arrays(tiny.base_scan)
+    np.testing.assert_allclose(result["losses"], by_hand(tiny, "shared"), rtol=1e-6)
+    assert result["losses"].dtype == np.float32
+    assert result["timesteps"].tolist() == [0, 25, 50, 75]
+    assert list(Path(tiny.checkpoints("scan")).iterdir()) == []
+
+
+def test_unlearned_weights_are_scanned_with_the_same_noise(tiny):
+    before, after = read_arrays(tiny.base_scan), read_arrays(tiny.scan("unlearn", "report-00"))
+    assert not np.array_equal(before["losses"], after["losses"])
+    os.replace(tiny.weights, tiny.unlearned("unlearn", "report-00")["weights"])
+    os.link(tiny.unlearned("unlearn", "report-00")["weights"], tiny.weights)
+    scan(tiny, "unlearn", "report-00", "cpu")
+    np.testing.assert_array_equal(read_arrays(tiny.scan("unlearn", "report-00"))["losses"], before["losses"])
+
+
+def test_an_images_noise_does_not_depend_on_the_other_images(tiny):
+    encoded = load_encoded(tiny)
+    bank = NoiseBank(5, "scan", np.array([0, 25, 50, 75]), (12, 8, 8), shared=False)
+    whole = module._own_noise(bank, encoded, np.arange(IMAGES)).reshape(IMAGES, TIMESTEPS, 12, 8, 8)
+    some = module._own_noise(bank, encoded, np.array([30, 2])).reshape(2, TIMESTEPS, 12, 8, 8)
+    np.testing.assert_array_equal(some, whole[[30, 2]])
+    assert len(np.unique(whole.reshape(IMAGES * TIMESTEPS, -1), axis=0)) == IMAGES * TIMESTEPS
+
+
+def test_one_noise_per_timestep_serves_all_images(tiny, monkeypatch):
+    seen = []
+
+    def spy(unet, scheduler, latents, captions, timesteps, noise, batch):
+        seen.append(noise.reshape(-1, TIMESTEPS, 12, 8, 8))
+        return np.zeros(len(timesteps))
+
+    monkeypatch.setattr(module, "batched_losses", spy)
+    scanned(tiny)
+    noise = np.concatenate(seen)
+    assert len(noise) == IMAGES
+    assert (noise == noise[0]).all()
+    assert not np.array_equal(noise[0, 0], noise[0, 1])
+
+
+def interrupt_after(monkeypatch, blocks: int, how) -> list[int]:
+    """Let some blocks pass, then interrupt; the returned list fills with the images of each block."""
+    losses, sizes = module.batched_losses, []
+
+    def interrupted(unet, scheduler, latents, *rest):
+        if len(sizes) == blocks:
+            how()
+        sizes.append(len(latents) // TIMESTEPS)
+        return losses(unet, scheduler, latents, *rest)
+
+    monkeypatch.setattr(module, "batched_losses", interrupted)
+    return sizes
+
+
+def test_a_killed_scan_continues_with_the_missing_images(tiny, monkeypatch):
+    finished = read_arrays(tiny.base_scan)["losses"]
+    Path(tiny.base_scan).unlink()
+
+    def killed():
+        interrupt_after(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        scan(tiny, device="cpu")
+
+    assert in_child(killed) == signal.SIGKILL
+    assert not Path(tiny.base_scan).exists()
+    sizes = interrupt_after(monkeypatch, -1, None)
+    scan(tiny, device="cpu")
+    assert sizes == [8]  # 40 images in blocks of 16, two of them done
+    np.testing.assert_array_equal(read_arrays(tiny.base_scan)["losses"], finished)
+
+
+def test_a_scan_killed_at_its_start_leaves_nothing_that_looks_scanned(tiny, monkeypatch):
+    finished = read_arrays(tiny.base_scan)["losses"]
+
+    def killed():
+        monkeypatch.setattr(np, "save", lambda out, array, **_: os.kill(os.getpid(), signal.SIGKILL))
+        scan(tiny, device="cpu")
+
+    assert in_child(killed) == signal.SIGKILL
+    scan(tiny, device="cpu")
+    np.testing.assert_array_equal(read_arrays(tiny.base_scan)["losses"], finished)
+
+
+def test_only_rows_with_a_gap_are_scanned_again(tiny, monkeypatch):
+    encoded, scheduler = load_encoded(tiny), load_scheduler(tiny)
+    losses = read_arrays(tiny.base_scan)["losses"]
+    finished = losses.copy()
+    losses[[3, 17]], losses[29, 2] = np.nan, np.nan
+    sizes = interrupt_after(monkeypatch, -1, None)
+    unet = load_unet(tiny, torch.device("cpu"))
+    scan_losses(unet, scheduler, encoded, scan_noise(tiny, encoded, scheduler), losses, 64)
+    assert sizes == [3]
+    np.testing.assert_allclose(losses, finished, rtol=1e-6)
+
+
+def test_another_scans_leftovers_are_not_continued(tiny, monkeypatch):
+    """What is left of a scan of other weights has another name."""
+    names = []
+    monkeypatch.setattr(module, "_resumable", lambda path, shape: names.append(path) or np.zeros(shape, np.float32))
+    for variant, query in ((None, None), ("unlearn", "report-00"), ("unlearn", "mine")):
+        with pytest.raises(FileNotFoundError):  # there is no file to remove at the end
+            scan(tiny, variant, query, "cpu")
+    with pytest.raises(FileNotFoundError):
+        scan(replace(tiny, config=settings(scan={"noise": "per-image"})), device="cpu")
+    assert len(set(names)) == 4
+
+
+def test_a_leftover_of_another_shape_or_damaged_is_started_afresh(tiny, monkeypatch):
+    finished = read_arrays(tiny.base_scan)["losses"]
+    paths = []
+    original = module._resumable
+    monkeypatch.setattr(module, "_resumable", lambda path, shape: paths.append(path) or original(path, shape))
+    for damage in (b"", b"\x93NUMPY\x01", "shape"):
+        if paths:
+            if damage == "shape":
+                write_array(paths[0], np.zeros((2, 2), np.float32))
+            else:
+                paths[0].write_bytes(damage)
+        scan(tiny, device="cpu")
+        np.testing.assert_array_equal(read_arrays(tiny.base_scan)["losses"], finished)
+
+
+def test_the_scan_records_what_made_it(tiny):
+    import json
+
+    with np.load(tiny.scan("unlearn", "report-00")) as content:
+        made_by = json.loads(str(content["provenance"]))
+    assert made_by["inputs"].keys() == {"base", "weights"}
+    assert made_by["config"]["scan"]["timesteps"] == TIMESTEPS
+    assert read_json(tiny.unlearned("unlearn", "report-00")["losses"])["made_by"]["inputs"].keys() == {
+        "weights",
+        "query",
+    }

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forgetrace.diffusion.noise import NoiseBank, monte_carlo, spaced_timesteps
+
+SHAPE = (3, 4, 4)
+
+
+def bank(shared: bool, seed: int = 1, purpose: str = "scan") -> NoiseBank:
+    return NoiseBank(seed, purpose, spaced_timesteps(4, 100), SHAPE, shared)
+
+
+def test_timesteps_are_spaced_as_in_the_paper():
+    assert spaced_timesteps(20, 1000).tolist() == list(range(0, 1000, 50))
+    assert spaced_timesteps(3, 10).tolist() == [0, 3, 6]
+    assert spaced_timesteps(3, 10).dtype == np.int64
+
+
+def test_shared_noise_is_one_per_draw_whatever_the_image():
+    shared = bank(shared=True)
+    np.testing.assert_array_equal(shared.noise("a", 2), shared.noise("b", 2))
+    np.testing.assert_array_equal(shared.draws()[2], shared.noise("a", 2))
+    assert len(np.unique(shared.draws().reshape(4, -1), axis=0)) == 4
+
+
+def test_noise_of_an_image_does_not_depend_on_what_was_asked_before():
+    own = bank(shared=False)
+    asked = [("a", 0), ("b", 3), ("a", 3), ("b", 0)]
+    forwards = {key: own.noise(*key) for key in asked}
+    backwards = {key: bank(shared=False).noise(*key) for key in reversed(asked)}
+    for key in asked:
+        np.testing.assert_array_equal(forwards[key], backwards[key])
+    assert len({noise.tobytes() for noise in forwards.values()}) == 4
+
+
+@pytest.mark.parametrize("other", [{"seed": 2}, {"purpose": "evaluate"}])
+def test_seeds_and_purposes_have_noises_of_their_own(other):
+    assert not np.array_equal(bank(True).draws(), bank(True, **other).draws())
+
+
+def test_noise_is_standard_normal():
+    noise = NoiseBank(0, "scan", spaced_timesteps(50, 100), (12, 8, 8)).draws()
+    assert noise.dtype == np.float32
+    count = noise.size  # 38,400
+    assert abs(noise.mean()) < 4 / np.sqrt(count)
+    assert abs(noise.var() - 1) < 4 * np.sqrt(2 / count)
+    assert abs(np.mean(noise[:-1] * noise[1:])) < 4 / np.sqrt(count)
+
+
+@given(start=st.integers(0, 60), size=st.integers(1, 40), cut=st.integers(0, 40), length=st.integers(1, 30))
+@settings(max_examples=40, deadline=None)
+def test_a_draw_is_a_function_of_its_number(start, size, cut, length):
+    cut = min(cut, size)
+    whole = monte_carlo(3, "p", range(start, start + size), length, (2,))
+    parts = [range(start, start + cut), range(start + cut, start + size)]
+    pieces = [monte_carlo(3, "p", part, length, (2,)) for part in parts if part]
+    for i in range(2):
+        np.testing.assert_array_equal(np.concatenate([piece[i] for piece in pieces]), whole[i])
+
+
+@given(length=st.integers(1, 50), rounds=st.integers(0, 3))
+@settings(max_examples=20, deadline=None)
+def test_every_run_of_draws_visits_each_timestep_once(length, rounds):
+    timesteps, _ = monte_carlo(0, "p", range(rounds * length, (rounds + 1) * length), length, (1,))
+    assert sorted(timesteps) == list(range(length))
+    assert timesteps.dtype == np.int64
+
+
+def test_rounds_are_shuffled_afresh_and_noises_differ():
+    timesteps, noise = monte_carlo(0, "p", range(60), 30, (2,))
+    assert timesteps[:30].tolist() != timesteps[30:].tolist()
+    assert len(np.unique(noise, axis=0)) == 60
+    assert noise.dtype == np.float32
