@@ -149,7 +149,7 @@ def test_preconditioning_closed_form():
 
 def test_small_entries_survive_in_float64():
     """A Fisher entry of 1e-42 is no number in float32 arithmetic that flushes denormals."""
-    fisher = {"a": torch.tensor([1e-42, 1e-42]).double()}
+    fisher = {"a": torch.tensor([1e-42, 1e-42], dtype=torch.float64)}
     result = DiagonalFisher(fisher, damping=1.0).precondition({"a": torch.tensor([1e-30, 0.0])})
     torch.testing.assert_close(result["a"], torch.tensor([5e11, 0.0]))
 

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from forgetrace.artifacts import fingerprint, provenance, sha256_of, write_array, write_arrays
+from forgetrace.artifacts import (
+    UserError,
+    fingerprint,
+    provenance,
+    read_array,
+    sha256_of,
+    write_array,
+    write_arrays,
+)
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.loss import batched_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
@@ -98,7 +106,11 @@ def _own_noise(bank: NoiseBank, encoded: Encoded, rows: np.ndarray) -> np.ndarra
 
 def _resumable(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """A memory-mapped array of NaN, or what an interrupted scan left of it."""
-    if not path.exists():
+    try:
+        intact = read_array(path, mmap=True).shape == shape
+    except UserError:
+        intact = False
+    if not intact:
         # Written in full, so that a full disk is noticed now and not when a page is first touched.
         write_array(path, np.full(shape, np.nan, dtype=np.float32))
-    return np.lib.format.open_memmap(path, mode="r+")
+    return np.load(path, mmap_mode="r+")
