@@ -205,6 +205,24 @@ def figures(
 
 
 @app.command()
+def tidy(
+    config: ConfigPath,
+    remove: Annotated[bool, typer.Option(help="Delete the files instead of listing them.")] = False,
+) -> None:
+    """List results that the config no longer asks for, such as those of a removed query."""
+    from forgetrace.figures.catalogue import names
+
+    layout = _experiment(config)
+    wanted = layout.files() | {layout.figure(name, kind) for name in names(layout) for kind in ("png", "pdf")}
+    unfinished = Path(layout.checkpoints(""))
+    for path in sorted(path for path in Path(layout.root).rglob("*") if path.is_file()):
+        if path.as_posix() not in wanted and unfinished not in path.parents:
+            typer.echo(path)
+            if remove:
+                path.unlink()
+
+
+@app.command()
 def schema(
     write: Annotated[bool, typer.Option(help="Write the schema and the key tables into the repository.")] = False,
 ) -> None:

@@ -197,6 +197,24 @@ class Layout:
         """A figure by name; every one exists as .png and .pdf."""
         return f"{self.root}/figures/{name}.{suffix}"
 
+    # all of it
+
+    def files(self) -> set[str]:
+        """Every file the stages write below ``root``, figures excepted, for the current config."""
+        config, queries = self.config, self.config.queries()
+        files = {self.latents, self.captions, self.index, self.encode_manifest, self.weights, self.architecture}
+        files |= {self.scheduler, self.curve, self.recipe, self.fisher, self.fisher_report, self.base_scan}
+        files |= {*self.snapshots, self.metrics}
+        files |= {self.table(name) for name in ("per_query", "counterfactual", "comparisons")}
+        for query in queries:
+            files |= set(self.query(query).values())
+            files |= {self.score(method, query) for method in config.score.methods}
+            for variant in config.unlearn:
+                files |= {*self.unlearned(variant, query).values(), self.scan(variant, query)}
+            for model in self.measured_models(query):
+                files |= {self.retrained(*model), *self.measure(*model, query).values()}
+        return files
+
 
 def load_layout(config_path: str | Path) -> Layout:
     """The layout of the experiment a config file describes.

@@ -22,7 +22,9 @@ TIMESTEPS = 4
 SOME = [0, 7, 13, 22, 39]
 
 
-def scanned(layout: Layout, batch_size: int = 64, shards: int = 1, threads: int = 1, noise: str = "shared") -> np.ndarray:
+def scanned(
+    layout: Layout, batch_size: int = 64, shards: int = 1, threads: int = 1, noise: str = "shared"
+) -> np.ndarray:
     layout = replace(layout, config=settings(scan={"noise": noise}))
     encoded, scheduler = load_encoded(layout), load_scheduler(layout)
     losses = np.full((len(encoded), TIMESTEPS), np.nan, dtype=np.float32)

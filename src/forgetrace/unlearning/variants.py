@@ -1,8 +1,10 @@
 """The ``unlearn`` stage: one configured variant applied to one query."""
 
+import math
+
 import torch
 
-from forgetrace.artifacts import provenance, read_arrays, read_tensors, write_json, write_tensors
+from forgetrace.artifacts import UserError, provenance, read_arrays, read_tensors, write_json, write_tensors
 from forgetrace.config import Variant
 from forgetrace.curvature.contract import Curvature, Identity
 from forgetrace.curvature.diagonal import DiagonalFisher
@@ -44,11 +46,17 @@ def unlearn_query(layout: Layout, variant: str, query: str, device: str = "auto"
         settings.draws,
         config.seed,
     )
+    after = losses()
+    if not all(map(math.isfinite, after.values())):
+        raise UserError(
+            f"Unlearning {query} with {variant} made the loss NaN or infinite: "
+            "lower the variant's step_size or raise its damping."
+        )
     inputs = {"weights": layout.weights, "query": layout.query(query)["tensors"]}
     made_by = provenance({"unlearn": settings.model_dump(), "seed": config.seed}, inputs)
     files = layout.unlearned(variant, query)
     write_tensors(files["weights"], changed, made_by)
-    write_json(files["losses"], {"before": before, "after": losses(), "made_by": made_by})
+    write_json(files["losses"], {"before": before, "after": after, "made_by": made_by})
 
 
 def step_scale(settings: Variant, images: int) -> float:

@@ -1,0 +1,264 @@
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from forgetrace.artifacts import (
+    UserError,
+    read_arrays,
+    read_image,
+    read_json,
+    read_table,
+    read_tensors,
+    write_json,
+    write_table,
+)
+from forgetrace.counterfactual import retrain as module
+from forgetrace.counterfactual.measure import measure, measure_key, query_losses
+from forgetrace.counterfactual.retrain import measure_shared, retrain
+from forgetrace.diffusion import training as training_module
+from forgetrace.diffusion.loss import example_losses
+from forgetrace.diffusion.model import load_scheduler, load_unet
+from forgetrace.diffusion.noise import NoiseBank
+from forgetrace.diffusion.synthesis import synthesize
+
+from ..conftest import in_child, settings
+
+CPU = torch.device("cpu")
+MODEL = ("unlearn", 10, "report-00")
+
+
+def files(layout, query: str = "report-00") -> dict[str, str]:
+    return layout.measure("unlearn", 10, query, query)
+
+
+@pytest.fixture(scope="module")
+def retrained(built, tmp_path_factory):
+    """A folder in which one leave-K-out model has been measured."""
+    import shutil
+
+    from forgetrace.layout import Layout
+
+    folder = tmp_path_factory.mktemp("retrained")
+    shutil.copytree(built, folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        retrain(Layout("tiny", settings()), *MODEL, "cpu")
+    return folder
+
+
+@pytest.fixture
+def measured(retrained, tiny, tmp_path):
+    """The tiny experiment with one leave-K-out model measured; a copy."""
+    import shutil
+
+    shutil.copytree(retrained / "results", tmp_path / "results", dirs_exist_ok=True)
+    return tiny
+
+
+@pytest.fixture
+def trainings(monkeypatch) -> list[str]:
+    """Names of the trainings that are run, which end without having learned anything."""
+    names = []
+
+    def train(layout, encoded, training, device, *rest):
+        names.append(training.name)
+        return read_tensors(layout.weights), None, {"seed": training.seed}
+
+    monkeypatch.setattr(module, "train", train)
+    return names
+
+
+def test_the_measurement_is_kept_and_the_rest_is_gone(measured):
+    record = read_json(files(measured)["losses"])
+    assert (record["query"], record["method"], record["k"], record["member"]) == ("report-00", *MODEL)
+    assert record["regenerated"] is True
+    assert record["timesteps"] == [0, 20, 40, 60, 80]
+    assert record["loss"] == pytest.approx(np.mean(record["losses"]), abs=1e-7)
+    assert len(record["key"]) == 64
+    assert record["processor"]
+    assert read_image(files(measured)["image"]).shape == (16, 16, 3)
+    assert not Path(measured.retrained(*MODEL)).exists()
+    assert not Path(measured.checkpoints("unlearn-k10-report-00")).exists()
+
+
+def test_the_model_left_out_the_top_k_and_was_trained_like_the_base(measured, monkeypatch):
+    """The same run by hand: the plain training loop without these ten images, then its losses."""
+    from forgetrace.diffusion.training import Training, train
+    from forgetrace.encoding.store import load_encoded
+
+    encoded = load_encoded(measured)
+    top = set(read_table(measured.score("unlearn", "report-00"))["image_id"][:10])
+    removed = np.array([image in top for image in encoded.image_ids])
+    weights, _, _ = train(measured, encoded, Training("by-hand", 5, removed), "cpu")
+    unet = load_unet(measured, CPU)
+    unet.load_state_dict(weights)
+    _, losses = query_losses(measured, unet, read_arrays(measured.query("report-00")["tensors"]))
+    np.testing.assert_allclose(read_json(files(measured)["losses"])["losses"], losses, atol=1e-8)
+
+
+def test_without_removed_images_a_retraining_is_the_base_model(tiny):
+    layout = replace(tiny, config=settings(retrain={"keep_weights": True}))
+    retrain(layout, "unlearn", 0, "report-00", "cpu")
+    kept, base = read_tensors(layout.retrained("unlearn", 0, "report-00")), read_tensors(layout.weights)
+    assert kept.keys() == base.keys()
+    assert all(torch.equal(kept[name], base[name]) for name in base)
+
+
+def test_an_unchanged_measurement_is_kept(measured, trainings):
+    before = Path(files(measured)["losses"]).read_bytes()
+    os.utime(measured.score("unlearn", "report-00"))  # newer, but the same
+    retrain(measured, *MODEL, "cpu")
+    assert trainings == []
+    assert Path(files(measured)["losses"]).read_bytes() == before
+
+
+CHANGES = {
+    "recipe": {"train": {"learning_rate": 1e-3}},
+    "sampler": {"synthesize": {"sampler_steps": 4}},
+    "timesteps of the loss": {"evaluate": {"timestep_stride": 25}},
+}
+IRRELEVANT = {
+    "checkpoints": {"train": {"checkpoint_every": 2}},
+    "snapshots": {"train": {"snapshots": 1}},
+    "bootstrap": {"evaluate": {"bootstrap": 7}},
+    "scan": {"scan": {"batch_size": 3}},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_setting_retrains(measured, trainings, change):
+    retrain(replace(measured, config=settings(**CHANGES[change])), *MODEL, "cpu")
+    assert trainings == ["unlearn-k10-report-00"]
+
+
+@pytest.mark.parametrize("change", IRRELEVANT)
+def test_a_setting_without_influence_does_not(measured, trainings, change):
+    retrain(replace(measured, config=settings(**IRRELEVANT[change])), *MODEL, "cpu")
+    assert trainings == []
+
+
+def test_another_removed_set_retrains(measured, trainings):
+    path = measured.score("unlearn", "report-00")
+    table = read_table(path)
+    shuffled = table.assign(image_id=np.roll(table["image_id"], 3))
+    inside_the_top = table.assign(image_id=[*table["image_id"][:10][::-1], *table["image_id"][10:]])
+    write_table(path, inside_the_top)  # the same set in another order removes the same images
+    retrain(measured, *MODEL, "cpu")
+    assert trainings == []
+    write_table(path, shuffled)
+    retrain(measured, *MODEL, "cpu")
+    assert trainings == ["unlearn-k10-report-00"]
+
+
+def test_another_query_retrains(measured, trainings):
+    layout = replace(measured, config=settings().model_copy(update={"seed": 6}))
+    synthesize(layout, "report-00", "cpu")  # the same name, other noise
+    retrain(measured, *MODEL, "cpu")
+    assert trainings == ["unlearn-k10-report-00"]
+
+
+@pytest.mark.parametrize("damage", ["missing image", "truncated", "no key", "missing"])
+def test_a_measurement_that_is_not_whole_is_made_again(measured, trainings, damage):
+    losses, image = (Path(files(measured)[name]) for name in ("losses", "image"))
+    if damage == "missing image":
+        image.unlink()
+    elif damage == "truncated":
+        losses.write_text(losses.read_text()[:100])
+    elif damage == "missing":
+        losses.unlink()
+    else:
+        write_json(losses, {"loss": 1})
+    retrain(measured, *MODEL, "cpu")
+    assert trainings == ["unlearn-k10-report-00"]
+
+
+def test_a_killed_retraining_resumes_to_the_same_measurement(measured, monkeypatch):
+    expected = {name: Path(path).read_bytes() for name, path in files(measured).items()}
+    for path in files(measured).values():
+        os.remove(path)
+    run_step = training_module._Loop.run_step
+
+    def deadly(loop):
+        run_step(loop)
+        if loop.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed():
+        monkeypatch.setattr(training_module._Loop, "run_step", deadly)
+        retrain(measured, *MODEL, "cpu")
+
+    assert in_child(killed) == signal.SIGKILL
+    assert not any(os.path.exists(path) for path in files(measured).values())
+    steps = []
+    monkeypatch.setattr(training_module._Loop, "run_step", lambda loop: (steps.append(loop.step), run_step(loop)))
+    retrain(measured, *MODEL, "cpu")
+    assert steps == [3, 4, 5, 6, 7]
+    assert {name: Path(path).read_bytes() for name, path in files(measured).items()} == expected
+
+
+def test_shared_models_keep_their_weights_and_nothing_else(tiny, trainings):
+    for method, k, member in (("random", 10, "draw1"), ("seed", 0, "draw0")):
+        retrain(tiny, method, k, member, "cpu")
+        assert Path(tiny.retrained(method, k, member)).is_file()
+    assert trainings == ["random-k10-draw1", "seed-k0-draw0"]
+    assert not Path(f"{tiny.root}/retrain/measures").exists()
+
+
+def test_the_base_model_makes_its_query_again(tiny, trainings):
+    for method, k, member in tiny.shared_models()[1:]:
+        retrain(tiny, method, k, member, "cpu")
+    measure_shared(tiny, "report-00", "cpu")
+    for model in tiny.shared_models():
+        assert read_json(tiny.measure(*model, "report-00")["losses"])["query"] == "report-00"
+    base = tiny.measure("base", 0, "base", "report-00")
+    np.testing.assert_array_equal(read_image(base["image"]), read_image(tiny.query("report-00")["image"]))
+
+
+def test_shared_models_differ_from_the_base_where_they_learned_something_else(tiny):
+    retrain(tiny, "random", 10, "draw0", "cpu")
+    weights, base = read_tensors(tiny.retrained("random", 10, "draw0")), read_tensors(tiny.weights)
+    assert any(not torch.equal(weights[name], base[name]) for name in base)
+
+
+def test_a_users_image_has_losses_only(tiny):
+    measure(tiny, load_unet(tiny, CPU), ("base", 0, "base"), "mine", "key")
+    record = read_json(tiny.measure("base", 0, "base", "mine")["losses"])
+    assert record["regenerated"] is False
+    assert not Path(tiny.measure("base", 0, "base", "mine")["image"]).exists()
+
+
+def test_a_users_image_is_not_retrained_for_its_missing_picture(tiny, trainings):
+    for _ in range(2):
+        retrain(tiny, "unlearn", 10, "mine", "cpu")
+    assert trainings == ["unlearn-k10-mine"]
+
+
+def test_losses_one_draw_at_a_time(tiny):
+    unet, scheduler = load_unet(tiny, CPU), load_scheduler(tiny)
+    arrays = read_arrays(tiny.query("report-00")["tensors"])
+    timesteps, losses = query_losses(tiny, unet, arrays)
+    assert timesteps.tolist() == [0, 20, 40, 60, 80]
+    bank = NoiseBank(5, "evaluate", np.tile(timesteps, 2), (12, 8, 8))
+    latent, prompt = torch.from_numpy(arrays["latent"])[None], torch.from_numpy(arrays["prompt"])[None]
+    for i, timestep in enumerate(timesteps):
+        values = [
+            example_losses(
+                unet, scheduler, latent, prompt, torch.tensor([timestep]), torch.from_numpy(bank.noise("", draw))[None]
+            ).item()
+            for draw in (i, i + 5)
+        ]
+        assert losses[i] == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_a_query_that_was_not_synthesized_is_one_sentence(tiny):
+    for path in tiny.query("report-01").values():
+        os.remove(path)
+    with pytest.raises(UserError, match="report-01/query.npz is missing"):
+        measure_key(tiny, "report-01", "key")
+    with pytest.raises(UserError, match=r"report-01/query.npz is missing"):
+        measure_shared(tiny, "report-01", "cpu")
