@@ -117,14 +117,20 @@ def _build(layout: Layout) -> None:
         score(layout, "unlearn", query)
 
 
+def _make_quick(patch: pytest.MonkeyPatch) -> None:
+    """Invented token states, and losses checked on 100 draws instead of 1,000."""
+    patch.setattr("forgetrace.encoding.encode.token_states", fake_token_states)
+    patch.setattr("forgetrace.diffusion.synthesis.token_states", fake_token_states)
+    patch.setattr("forgetrace.unlearning.step.query_loss.__defaults__", (100,))
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
     """The tiny experiment's files, made once; not to be changed."""
     folder = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("forgetrace.encoding.encode.token_states", fake_token_states)
-        patch.setattr("forgetrace.diffusion.synthesis.token_states", fake_token_states)
+        _make_quick(patch)
         _build(Layout("tiny", settings()))
     return folder
 
@@ -134,8 +140,7 @@ def tiny(built, tmp_path, monkeypatch) -> Layout:
     """The tiny experiment; a copy of its files is in the current folder."""
     shutil.copytree(built, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("forgetrace.encoding.encode.token_states", fake_token_states)
-    monkeypatch.setattr("forgetrace.diffusion.synthesis.token_states", fake_token_states)
+    _make_quick(monkeypatch)
     return Layout("tiny", settings())
 
 

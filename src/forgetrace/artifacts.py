@@ -63,19 +63,24 @@ def atomic(path: str | Path, durable: bool = True) -> Iterator[Path]:
             pass  # the folder itself cannot be written to: there is nothing to clean up
 
 
-def _unwritable(error: Exception) -> str | None:
+def _unwritable(error: BaseException | None) -> str | None:
     """The reason a write failed, with the way out; None where it is not the file system's doing."""
+    if error is None:
+        return None
     code = getattr(error, "errno", None)
-    # safetensors reports an I/O error as text only.
+    # safetensors reports an I/O error as text only, numpy a write cut short.
     if code is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
         code = int(found[1])
+    if code is None and isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error)):
+        code = errno.ENOSPC
     if code in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space and run the same command again"
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "no permission to write there; check the folder's owner and mode, then run again"
     if code in (errno.EEXIST, errno.ENOTDIR):
         return "a file stands where one of its folders should be; move it away and run again"
-    return None
+    # torch, closing its archive, covers the error with one of its own.
+    return _unwritable(error.__context__)
 
 
 def sha256_of(path: str | Path) -> str:
@@ -142,16 +147,18 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], made_by: Ma
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """Read the arrays of :func:`write_arrays`; ``provenance`` is left out."""
-    with _readable(path), np.load(path, allow_pickle=False) as content:
+    with _readable(path), open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
         return {name: content[name] for name in content.files if name != "provenance"}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], made_by: Mapping) -> None:
     """Write named tensors and their provenance as ``.safetensors``."""
+    import torch
     from safetensors.torch import save_file
 
-    # Saved from contiguous CPU copies: safetensors refuses strided and shared storage.
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Saved from contiguous copies: safetensors refuses strided and shared storage.
+    contiguous = torch.contiguous_format
+    plain = {name: tensor.detach().cpu().clone(memory_format=contiguous) for name, tensor in tensors.items()}
     with atomic(path) as temporary:
         save_file(plain, temporary, metadata={"provenance": json.dumps(made_by)})
 

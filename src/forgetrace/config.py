@@ -276,7 +276,7 @@ def load_config(path: str | Path) -> Config:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise UserError(f"Cannot read the config {path}: {error.strerror}.") from None
     except yaml.YAMLError as error:

@@ -18,7 +18,9 @@ def test_cosine_by_hand():
 
 
 def test_l2_by_hand():
-    np.testing.assert_array_equal(PixelL2.similarity(np.array([[1.0, 2.0], [0.0, 0.0]]), np.array([0.0, 1.0])), [-2, -1])
+    np.testing.assert_array_equal(
+        PixelL2.similarity(np.array([[1.0, 2.0], [0.0, 0.0]]), np.array([0.0, 1.0])), [-2, -1]
+    )
 
 
 def test_pooling_leaves_padding_out():

@@ -24,7 +24,7 @@ def test_every_method_says_in_a_line_what_it_is():
 def test_an_unknown_attributor_is_named_with_the_choices():
     with pytest.raises(UserError, match=r"score.methods.mine: 'mine' is no attribution method; choose one of .*pixel"):
         check_methods(config({"mine": {}}))
-    with pytest.raises(UserError, match="score.methods.mine: 'voodoo' is no attribution method"):
+    with pytest.raises(UserError, match=r"score.methods.mine: 'voodoo' is no attribution method"):
         check_methods(config({"mine": {"attributor": "voodoo"}}))
 
 

@@ -65,5 +65,5 @@ def test_an_unfinished_or_broken_scan_is_not_ranked(tiny):
 
 
 def test_a_missing_scan_says_which_stage_to_run(tiny):
-    with pytest.raises(UserError, match="report-01.npz is missing: run the stage"):
+    with pytest.raises(UserError, match=r"report-01.npz is missing: run the stage"):
         score(tiny, "unlearn", "report-01")

@@ -258,7 +258,7 @@ def test_losses_one_draw_at_a_time(tiny):
 def test_a_query_that_was_not_synthesized_is_one_sentence(tiny):
     for path in tiny.query("report-01").values():
         os.remove(path)
-    with pytest.raises(UserError, match="report-01/query.npz is missing"):
+    with pytest.raises(UserError, match=r"report-01/query.npz is missing"):
         measure_key(tiny, "report-01", "key")
     with pytest.raises(UserError, match=r"report-01/query.npz is missing"):
         measure_shared(tiny, "report-01", "cpu")

@@ -75,7 +75,7 @@ def test_seeds_remove_nothing_and_repeat_no_draw_of_the_base_model(tiny):
 
 @pytest.mark.parametrize("method", ["unlearn", "random"])
 def test_something_must_be_left_to_train_on(tiny, method):
-    with pytest.raises(UserError, match="retrain.k: 40 images cannot be left out of 40; choose a smaller K"):
+    with pytest.raises(UserError, match=r"retrain.k: 40 images cannot be left out of 40; choose a smaller K"):
         removed_by(tiny, method, IMAGES, "report-00")
 
 
@@ -87,5 +87,5 @@ def test_a_ranking_of_other_images_is_refused(tiny):
 
 
 def test_a_missing_ranking_is_one_sentence(tiny):
-    with pytest.raises(UserError, match="report-01.parquet is missing"):
+    with pytest.raises(UserError, match=r"report-01.parquet is missing"):
         removed_by(tiny, "unlearn", 10, "report-01")

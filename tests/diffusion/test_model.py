@@ -81,7 +81,7 @@ def test_a_refused_file_changes_nothing(tiny):
     before = {name: weight.clone() for name, weight in unet.state_dict().items()}
     name, first = next(iter(before.items()))
     write_tensors("bad.safetensors", {name: first + 1, "foreign.weight": torch.zeros(2)}, {})
-    with pytest.raises(UserError, match="such as foreign.weight"):
+    with pytest.raises(UserError, match=r"such as foreign.weight"):
         load_weights(unet, "bad.safetensors", partial=True)
     assert all(torch.equal(weight, before[key]) for key, weight in unet.state_dict().items())
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from forgetrace.diffusion.model import build_unet
@@ -14,7 +16,7 @@ def weights() -> dict[str, tuple[int, ...]]:
 
 def test_subsets_are_nested(weights):
     subsets = [set(select(weights, name)) for name in ("cross-attn-kv", "cross-attn", "attn", "all")]
-    for small, large in zip(subsets, subsets[1:], strict=False):
+    for small, large in pairwise(subsets):
         assert small < large
     assert subsets[-1] == set(weights)
 

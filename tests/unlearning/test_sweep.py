@@ -70,6 +70,7 @@ def test_rounding_goes_down_to_two_digits(value):
 
 def test_the_sweep_tries_tuning_queries_only_and_keeps_the_bound(tiny, monkeypatch):
     monkeypatch.setattr(module, "BISECTIONS", 1)
+    monkeypatch.setattr("forgetrace.unlearning.sample.DRAWS", 1)
     chosen, tried = sweep(tiny, "unlearn", queries=2, share=0.02, device="cpu")
     assert set(tried["query"]) == {"tuning-00", "tuning-01"}
     rises = (tried["others_after"] / tried["others_before"] - 1).groupby(tried["step_size"]).mean()

@@ -86,6 +86,15 @@ def test_everything_is_there_and_nothing_is_left_to_do(smoke):
     assert smoke.planned() == {}
 
 
+def test_only_what_the_config_asks_for_is_there(smoke):
+    tidy = ("forgetrace", "tidy", "--config", "config/digits.yaml")
+    assert smoke(*tidy).stdout == ""
+    with edited(smoke, "config/digits.yaml", "count: 2", "count: 1"):
+        stale = smoke(*tidy).stdout.splitlines()
+    assert stale
+    assert all("report-01" in path for path in stale)
+
+
 def test_git_holds_tables_and_figures_but_no_data_or_weights(smoke):
     tracked = smoke("git", "ls-files", "results", "data").stdout
     assert "results/digits/evaluate/counterfactual.csv" in tracked

@@ -1,0 +1,128 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from forgetrace import cli
+from forgetrace.attribution.registry import ATTRIBUTORS
+
+from .conftest import SETTINGS
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
+    return "tiny.yaml"
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    """Exit code and standard error of the command line."""
+    monkeypatch.setattr(sys, "argv", ["forgetrace", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return exit_.value.code or 0, capsys.readouterr().err
+
+
+def assert_one_sentence(result: tuple[int, str], *parts: str) -> None:
+    code, error = result
+    assert code == 1
+    assert error.startswith("forgetrace: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    for part in parts:
+        assert part in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["scan", "--variant", "unlearn"], ["--variant and --query go together"]),
+        (["scan", "--query", "report-00"], ["--variant and --query go together"]),
+        (["scan", "--variant", "nope", "--query", "report-00"], ["--variant nope", "unlearn, unlearn-sgd"]),
+        (
+            ["unlearn", "--variant", "unlearn", "--query", "report-07"],
+            ["--query report-07", "report-00, report-01, mine"],
+        ),
+        (["unlearn", "--variant", "nope", "--query", "mine"], ["--variant nope", "the section 'unlearn'"]),
+        (["sweep", "--variant", "nope"], ["--variant nope"]),
+        (["sweep", "--variant", "unlearn", "--queries", "99"], ["--queries 99", "only 60 captions"]),
+        (["synthesize", "--query", "nope"], ["--query nope"]),
+        (["score", "--method", "nope", "--query", "mine"], ["score.methods has no 'nope'", "skewed"]),
+        (["score", "--method", "pixel", "--query", "nope"], ["--query nope"]),
+        (["measure", "--query", "nope"], ["--query nope"]),
+        (["train"], ["results/tiny/encode/manifest.json is missing", "run the stage that makes it"]),
+        (["encode"], ["metadata.jsonl", "snakemake prepare"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_a_users_mistake_is_one_sentence(config, monkeypatch, capsys, arguments, parts):
+    result = run(monkeypatch, capsys, arguments[0], "--config", config, *arguments[1:])
+    assert_one_sentence(result, *parts)
+
+
+def test_a_missing_or_wrong_config_is_one_sentence(config, monkeypatch, capsys, tmp_path):
+    assert_one_sentence(run(monkeypatch, capsys, "train", "--config", "none.yaml"), "Cannot read the config none.yaml")
+    (tmp_path / "bad.yaml").write_text("trian: {}\nscore: {methods: {random: {}}}")
+    assert_one_sentence(run(monkeypatch, capsys, "train", "--config", "bad.yaml"), "bad.yaml", "unknown key 'trian'")
+    (tmp_path / "bad.yaml").write_text("score: {methods: {voodoo: {}}}")
+    assert_one_sentence(run(monkeypatch, capsys, "train", "--config", "bad.yaml"), "'voodoo' is no attribution method")
+
+
+def test_a_mistake_in_the_options_is_exit_code_2(config, monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "train", "--config", config, "--colour", "red")[0] == 2
+    assert run(monkeypatch, capsys, "score", "--config", config)[0] == 2
+
+
+def test_other_errors_are_not_hidden(config, monkeypatch):
+    """A bug of ours must show its traceback."""
+    monkeypatch.setattr(sys, "argv", ["forgetrace", "prepare", "--config", config])
+    monkeypatch.setattr("forgetrace.datasets.prepare.prepare", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_there_is_one_command_per_stage_and_each_has_help():
+    names = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    stages = {"prepare", "encode", "train", "synthesize", "fit", "unlearn", "scan", "score"}
+    assert stages | {"retrain", "evaluate", "figures"} <= names
+    for name in names:
+        result = CliRunner().invoke(cli.app, [name, "--help"])
+        assert result.exit_code == 0
+        assert "Usage" in result.output
+
+
+def test_the_help_of_score_lists_the_methods():
+    output = CliRunner().invoke(cli.app, ["score", "--help"], env={"COLUMNS": "200"}).output
+    for name, kind in ATTRIBUTORS.items():
+        assert f"{name}: {kind.summary}" in output
+
+
+def test_a_stage_runs_from_the_command_line(tiny, tmp_path):
+    """In a process of its own: the exit code, and nothing said but by the stage."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
+    command = [sys.executable, "-m", "forgetrace.cli", "score", "--config", "tiny.yaml", "--method"]
+    done = subprocess.run([*command, "pixel", "--query", "report-00"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / tiny.score("pixel", "report-00")).is_file()
+    done = subprocess.run([*command, "unlearn", "--query", "report-01"], capture_output=True, text=True)
+    assert_one_sentence((done.returncode, done.stderr), "scan/unlearn/report-01.npz is missing")
+
+
+def test_the_sweep_prints_the_chosen_step_size(config, monkeypatch):
+    import pandas as pd
+
+    from forgetrace.unlearning import sweep
+
+    columns = ["step_size", "query", "query_before", "query_after", "others_before", "others_after"]
+    tried = pd.DataFrame([[2.5e-4, "tuning-00", 0.1, 0.2, 0.3, 0.301]], columns=columns)
+    asked = []
+    monkeypatch.setattr(sweep, "sweep", lambda *arguments: asked.append(arguments[1:]) or (2.5e-4, tried))
+    arguments = ["sweep", "--config", config, "--variant", "unlearn", "--queries", "3", "--table", "tried.csv"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0
+    assert "step_size: 2.5e-04  # largest that raises other images' loss by at most 1.0%" in result.output
+    assert asked == [("unlearn", 3, 0.01, "auto")]
+    assert pd.read_csv("tried.csv").to_dict("records") == tried.to_dict("records")

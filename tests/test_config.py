@@ -1,0 +1,176 @@
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from forgetrace.artifacts import UserError
+from forgetrace.config import Config, ImageQuery, PoolQueries, Train, load_config, parse_config
+
+MINIMAL = {"score": {"methods": {"random": {}}}}
+
+
+def parse(**sections) -> Config:
+    return parse_config({**MINIMAL, **sections}, "config/x.yaml")
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    return {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+
+
+def test_defaults_round_trip(tmp_path):
+    config = parse()
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(tmp_path / "x.yaml") == config
+    assert config.queries() == ["report-00", "report-01", "report-02", "report-03"]
+    assert config.seed == 0
+
+
+@given(st.sampled_from([None, *sections()]), st.text("abcdefghij_", min_size=1, max_size=12))
+def test_an_unknown_key_is_named(section, key):
+    known = Config if section is None else sections()[section]
+    if key in known.model_fields:
+        return
+    content = {**MINIMAL, key: 1} if section is None else {**MINIMAL, section: {**MINIMAL.get(section, {}), key: 1}}
+    where = key if section is None else f"{section}.{key}"
+    with pytest.raises(UserError, match=f"^config/x.yaml: unknown key '{where}' .*config/README.md"):
+        parse_config(content, "config/x.yaml")
+
+
+NUMBERS = [
+    (section, key)
+    for section, model in sections().items()
+    for key, field in model.model_fields.items()
+    if field.annotation in (int, float)
+]
+
+
+@given(st.sampled_from(NUMBERS), st.sampled_from([-1, -1e9, "many", [1], {}, float("inf"), float("nan"), None]))
+@hypothesis_settings(max_examples=150)
+def test_an_impossible_number_names_its_key(key, value):
+    section, name = key
+    with pytest.raises(UserError, match=f"'{section}.{name}': ") as caught:
+        parse_config({**MINIMAL, section: {**MINIMAL.get(section, {}), name: value}}, "config/x.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_wrong_keys_are_named_at_once():
+    with pytest.raises(UserError, match=r"unknown key 'train.stepz'.*'scan.timesteps'"):
+        parse(train={"stepz": 1}, scan={"timesteps": 0})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"retrain": {"k": [5000]}}, "retrain.k: 5000 images cannot be left out of 5000"),
+        ({"retrain": {"k": [10, 300]}, "encode": {"max_images": 300}}, "retrain.k: 300 images .* out of 300"),
+        ({"retrain": {"k": [20, 20]}}, "retrain.k: an entry occurs twice"),
+        ({"retrain": {"methods": ["random", "random"]}}, "retrain.methods: an entry occurs twice"),
+        ({"retrain": {"methods": ["unlearn"]}}, "retrain.methods: 'unlearn' is not one of score.methods"),
+        (
+            {"synthesize": {"queries": [{"pool": "report", "count": 9}]}, "prepare": {"report_captions": 8}},
+            "the pool 'report' has only 8 captions, not 9",
+        ),
+        ({"synthesize": {"queries": [{"pool": "train", "count": 1}]}}, "synthesize.queries.0"),
+        ({"synthesize": {"queries": [{"pool": "report", "count": 2}, {"pool": "report", "count": 1}]}}, "same name"),
+        (
+            {
+                "synthesize": {
+                    "queries": [{"pool": "report", "count": 1}, {"name": "report-00", "image": "a", "prompt": "b"}]
+                }
+            },
+            "two queries have the same name",
+        ),
+        ({"synthesize": {"queries": []}}, "'synthesize.queries'"),
+        ({"synthesize": {"queries": [{"name": "../etc", "image": "a", "prompt": "b"}]}}, "queries.0.ImageQuery.name"),
+        ({"synthesize": {"sampler_steps": 2000}}, "synthesize.sampler_steps: 2000 is more than train.timesteps"),
+        ({"scan": {"timesteps": 51}, "train": {"timesteps": 50}}, "scan.timesteps: 51 is more than train.timesteps"),
+        ({"train": {"cross_attention": [True]}}, "'train': cross_attention needs one entry per entry of channels"),
+        ({"train": {"steps": 100}}, "'train': warmup_steps must be smaller than steps"),
+        ({"train": {"steps": 3, "warmup_steps": 0}}, "'train': snapshots must not outnumber steps"),
+        ({"train": {"channels": [8, 12]}}, "'train': every entry of channels must be divisible"),
+        ({"train": {"prediction": "x0"}}, "'train.prediction'"),
+        ({"unlearn": {"v": {}}}, "'unlearn.v.step_size'"),
+        ({"unlearn": {"V 1": {"step_size": 1}}}, "unlearn"),
+        ({"unlearn": {"v": {"step_size": 1, "weights": "most"}}}, "'unlearn.v.weights'"),
+        ({"score": {"methods": {}}}, "'score.methods'"),
+        ({"score": {"methods": {"a/b": {}}}}, "score.methods"),
+        ({"seed": -1}, "'seed'"),
+        ({"prepare": {"dataset": "cifar"}}, "'prepare.dataset'"),
+    ],
+)
+def test_what_cannot_work_stops_before_any_job(content, message):
+    with pytest.raises(UserError, match=message):
+        parse_config({**MINIMAL, **content}, "config/x.yaml")
+
+
+@given(limit=st.integers(2, 5000), k=st.integers(1, 6000))
+def test_k_must_leave_something(limit, k):
+    content = {"encode": {"max_images": limit}, "retrain": {"k": [k]}}
+    if k < limit:
+        assert parse(**content).retrain.k == [k]
+    else:
+        with pytest.raises(UserError, match=r"retrain.k"):
+            parse(**content)
+
+
+def test_queries_are_named_in_the_order_of_the_config():
+    own = {"name": "mine", "image": "pictures/mine.png", "prompt": "a red seven"}
+    queries = [{"pool": "tuning", "count": 2}, own, {"pool": "report", "count": 1}]
+    config = parse(synthesize={"queries": queries})
+    assert config.queries() == ["tuning-00", "tuning-01", "mine", "report-00"]
+    assert config.image_query("mine") == ImageQuery(**own)
+    assert config.image_query("tuning-00") is None
+    assert isinstance(config.synthesize.queries[0], PoolQueries)
+
+
+@given(steps=st.integers(1, 3000), count=st.integers(1, 20))
+def test_snapshots_are_distinct_and_end_with_the_training(steps, count):
+    if count > steps:
+        return
+    kept = Train(steps=steps, warmup_steps=0, snapshots=count).snapshot_steps()
+    assert len(set(kept)) == count
+    assert kept == sorted(kept)
+    assert kept[0] >= 1
+    assert kept[-1] == steps
+
+
+def test_a_digest_holds_the_named_sections_only():
+    digest = parse(seed=4).digest_of("seed", "scan")
+    assert digest.keys() == {"seed", "scan"}
+    assert digest["seed"] == 4
+
+
+def test_a_config_cannot_change():
+    with pytest.raises(ValueError, match="frozen"):
+        parse().seed = 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "Cannot read the config .*x.yaml: No such file"),
+        ("a: [1", "x.yaml is not valid YAML"),
+        ("", "must hold sections"),
+        ("- 1", "must hold sections"),
+        ("just words", "must hold sections"),
+    ],
+)
+def test_an_unreadable_config_is_one_sentence(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(tmp_path / "x.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"seed: \xff\xfe", b"seed: \x00"])
+def test_a_binary_config_is_one_sentence(tmp_path, content):
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"x.yaml is not valid YAML"):
+        load_config(tmp_path / "x.yaml")

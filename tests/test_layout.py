@@ -1,0 +1,81 @@
+from pathlib import PurePosixPath
+
+import pytest
+
+from forgetrace.artifacts import UserError
+from forgetrace.layout import Layout, load_layout
+
+from .conftest import settings
+
+
+@pytest.fixture
+def layout() -> Layout:
+    return Layout("tiny", settings())
+
+
+def test_the_experiment_is_named_by_its_file(tmp_path):
+    path = tmp_path / "my-trial.yaml"
+    path.write_text("score: {methods: {random: {}}}")
+    assert load_layout(path).root == "results/my-trial"
+    with pytest.raises(UserError, match="Cannot read the config"):
+        load_layout(tmp_path / "none.yaml")
+
+
+def every_path(layout: Layout) -> list[str]:
+    names = ("latents", "captions", "index", "encode_manifest", "weights", "architecture", "scheduler", "curve")
+    paths = [getattr(layout, name) for name in (*names, "recipe", "fisher", "fisher_report", "base_scan", "metrics")]
+    paths += [*layout.snapshots, layout.table("per_query"), layout.figure("delta"), layout.figure("delta", "pdf")]
+    for query in layout.config.queries():
+        paths += layout.query(query).values()
+        for name in ("unlearn", "pixel"):
+            paths += [*layout.unlearned(name, query).values(), layout.scan(name, query), layout.score(name, query)]
+        for model in layout.measured_models(query):
+            paths += layout.measure(*model, query).values()
+    models = {model for query in layout.config.queries() for model in layout.measured_models(query)}
+    return paths + [layout.retrained(*model) for model in models if model[0] != "base"]
+
+
+def test_no_two_files_share_a_path(layout):
+    paths = every_path(layout)
+    assert len(set(paths)) == len(paths)
+    # Nor is one file's path another's folder.
+    folders = {str(parent) for path in paths for parent in PurePosixPath(path).parents}
+    assert not folders & set(paths)
+
+
+def test_results_lie_below_the_experiment_and_checkpoints_outside_the_outputs(layout):
+    assert all(path.startswith("results/tiny/") for path in every_path(layout))
+    assert not any("checkpoints" in path for path in every_path(layout))
+    assert layout.checkpoints("base") == "results/tiny/checkpoints/base"
+
+
+def test_data_are_shared_by_experiments(layout):
+    other = Layout("other", settings(scan={"timesteps": 2}))
+    for name in ("data", "metadata", "data_manifest"):
+        assert getattr(layout, name) == getattr(other, name)
+    assert layout.metadata == "data/digits/metadata.jsonl"
+
+
+def test_wildcards_go_through(layout):
+    assert layout.score("{method}", "{query}") == "results/tiny/score/{method}/{query}.parquet"
+    assert layout.retrained("{method}", "{k}", "{member}").count("{") == 3
+
+
+def test_snapshots_are_named_by_step(layout):
+    assert layout.snapshots == [
+        "results/tiny/train/snapshots/step-000004.safetensors",
+        "results/tiny/train/snapshots/step-000008.safetensors",
+    ]
+
+
+def test_models_a_query_is_measured_with():
+    layout = Layout("tiny", settings(retrain={"methods": ["unlearn", "random"], "k": [5, 10], "seeds": 2}))
+    shared = [
+        ("base", 0, "base"),
+        ("random", 5, "draw0"), ("random", 5, "draw1"), ("random", 10, "draw0"), ("random", 10, "draw1"),
+        ("seed", 0, "draw0"), ("seed", 0, "draw1"),
+    ]  # fmt: skip
+    assert layout.shared_models() == shared
+    own = [("unlearn", 5, "report-00"), ("unlearn", 10, "report-00")]
+    assert layout.measured_models("report-00") == shared + own
+    assert layout.retrained("base", 0, "base") == layout.weights
