@@ -37,6 +37,7 @@ def _experiment(config: Path, query: str | None = None) -> Layout:
 
 
 def _use(threads: int | None) -> None:
+    # Called after the config was read: a typo must not cost the seconds torch takes to import.
     if threads:
         import torch
 
@@ -53,44 +54,48 @@ def _variant(layout: Layout, variant: str) -> str:
 @app.command()
 def prepare(config: ConfigPath) -> None:
     """Build the dataset: images, captions and caption pools."""
+    layout = _experiment(config)
     from forgetrace.datasets.prepare import prepare
 
-    layout = _experiment(config)
     prepare(layout.config.prepare, layout.data)
 
 
 @app.command()
 def encode(config: ConfigPath) -> None:
     """Turn training images into latents and captions into token states."""
+    layout = _experiment(config)
     from forgetrace.encoding.encode import encode
 
-    encode(_experiment(config))
+    encode(layout)
 
 
 @app.command()
 def train(config: ConfigPath, device: Device = "auto") -> None:
     """Train the attributed model θ0 (several GPUs: accelerate launch -m forgetrace.cli train …)."""
+    layout = _experiment(config)
     from forgetrace.diffusion.base import train_base
 
-    train_base(_experiment(config), device)
+    train_base(layout, device)
 
 
 @app.command()
 def synthesize(config: ConfigPath, query: QueryName, threads: Threads = None, device: Device = "auto") -> None:
     """Generate one query, or read it from the user's image file."""
+    layout = _experiment(config, query)
+    _use(threads)
     from forgetrace.diffusion.synthesis import synthesize
 
-    _use(threads)
-    synthesize(_experiment(config, query), query, device)
+    synthesize(layout, query, device)
 
 
 @app.command()
 def fit(config: ConfigPath, threads: Threads = None, device: Device = "auto") -> None:
     """Estimate the Fisher information of the training loss at θ0."""
+    layout = _experiment(config)
+    _use(threads)
     from forgetrace.curvature.fit import fit
 
-    _use(threads)
-    fit(_experiment(config), device)
+    fit(layout, device)
 
 
 @app.command()
@@ -102,10 +107,10 @@ def unlearn(
     device: Device = "auto",
 ) -> None:
     """Make the model forget one query."""
+    layout = _experiment(config, query)
+    _use(threads)
     from forgetrace.unlearning.variants import unlearn_query
 
-    _use(threads)
-    layout = _experiment(config, query)
     unlearn_query(layout, _variant(layout, variant), query, device)
 
 
@@ -120,11 +125,11 @@ def sweep(
     device: Device = "auto",
 ) -> None:
     """Choose a variant's step size on tuning queries, without any counterfactual."""
+    layout = _experiment(config)
+    _use(threads)
     from forgetrace.artifacts import write_table
     from forgetrace.unlearning.sweep import sweep
 
-    _use(threads)
-    layout = _experiment(config)
     chosen, tried = sweep(layout, _variant(layout, variant), queries, share, device)
     if table:
         write_table(table, tried)
@@ -142,12 +147,12 @@ def scan(
     device: Device = "auto",
 ) -> None:
     """Loss of every training image and timestep."""
-    from forgetrace.attribution.scan import scan
-
     if (variant is None) != (query is None):
         raise UserError("--variant and --query go together; without both, θ0 is scanned.")
-    _use(threads)
     layout = _experiment(config, query)
+    _use(threads)
+    from forgetrace.attribution.scan import scan
+
     scan(layout, _variant(layout, variant) if variant else None, query, device)
 
 
@@ -157,9 +162,10 @@ def score(  # noqa: D103 - its help is built from the registry
     method: Annotated[str, typer.Option(help="A method of the config's section score.")],
     query: QueryName,
 ) -> None:
+    layout = _experiment(config, query)
     from forgetrace.attribution.score import score
 
-    score(_experiment(config, query), method, query)
+    score(layout, method, query)
 
 
 @app.command()
@@ -171,26 +177,29 @@ def retrain(
     device: Device = "auto",
 ) -> None:
     """Train a leave-K-out model from scratch, and measure it where it belongs to one query."""
+    layout = _experiment(config)
     from forgetrace.counterfactual.retrain import retrain
 
-    retrain(_experiment(config), method, k, member, device)
+    retrain(layout, method, k, member, device)
 
 
 @app.command()
 def measure(config: ConfigPath, query: QueryName, threads: Threads = None, device: Device = "auto") -> None:
     """Ask θ0 and the retrainings all queries share for one query's loss and image."""
+    layout = _experiment(config, query)
+    _use(threads)
     from forgetrace.counterfactual.retrain import measure_shared
 
-    _use(threads)
-    measure_shared(_experiment(config, query), query, device)
+    measure_shared(layout, query, device)
 
 
 @app.command()
 def evaluate(config: ConfigPath) -> None:
     """Turn measurements into tables with intervals and tests."""
+    layout = _experiment(config)
     from forgetrace.evaluation.tables import evaluate
 
-    evaluate(_experiment(config))
+    evaluate(layout)
 
 
 @app.command()
@@ -199,9 +208,10 @@ def figures(
     name: Annotated[str, typer.Option(help="training, delta, attribution-<query> or counterfactual-<query>.")],
 ) -> None:
     """Draw one figure as PNG and PDF."""
+    layout = _experiment(config)
     from forgetrace.figures.catalogue import draw
 
-    draw(_experiment(config), name)
+    draw(layout, name)
 
 
 @app.command()
@@ -210,9 +220,9 @@ def tidy(
     remove: Annotated[bool, typer.Option(help="Delete the files instead of listing them.")] = False,
 ) -> None:
     """List results that the config no longer asks for, such as those of a removed query."""
+    layout = _experiment(config)
     from forgetrace.figures.catalogue import names
 
-    layout = _experiment(config)
     wanted = layout.files() | {layout.figure(name, kind) for name in names(layout) for kind in ("png", "pdf")}
     unfinished = Path(layout.checkpoints(""))
     for path in sorted(path for path in Path(layout.root).rglob("*") if path.is_file()):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgetrace.artifacts import UserError
 from forgetrace.diffusion.loss import noised
@@ -47,7 +48,10 @@ def fit_fisher(
             numbers = range(start, min(start + chunk, draws))
             rows, inputs, target, timesteps = _draw(encoded, scheduler, numbers, seed, device)
             states = captions[encoded.caption_rows[rows].to(device)]
-            for name, gradient in gradients(weights, inputs, timesteps, states, target).items():
+            # vmap has no rule for the fused attention kernels and would loop over the examples.
+            with sdpa_kernel(SDPBackend.MATH):
+                stacked = gradients(weights, inputs, timesteps, states, target)
+            for name, gradient in stacked.items():
                 total[name] += gradient.square().sum(dim=0, dtype=torch.float64)
             bar.update(len(numbers))
     return {name: (value / draws).cpu() for name, value in total.items()}

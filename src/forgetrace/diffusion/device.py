@@ -20,13 +20,17 @@ def pick_device(name: str = "auto") -> torch.device:
         UserError: the named device does not exist here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # accelerate trains on the current device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu.") from None
+    if device.type == "cpu":
+        _tune_cpu()
     return device
 
 
@@ -70,7 +74,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def tune_cpu() -> None:
+@functools.cache
+def _tune_cpu() -> None:
     """Keep freed memory in the process and treat denormal numbers as zero.
 
     A training step allocates and frees the same few hundred tensors; by default glibc hands large ones

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgetrace.artifacts import UserError, atomic, fingerprint, read_json, write_tensors
 from forgetrace.config import Train
-from forgetrace.diffusion.device import pick_device, resolve_precision, tune_cpu
+from forgetrace.diffusion.device import pick_device, resolve_precision
 from forgetrace.diffusion.draws import draw_step
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import build_scheduler, build_unet
@@ -97,7 +97,6 @@ def train(
     """
     recipe = layout.config.train
     torch.set_num_threads(recipe.threads)
-    tune_cpu()
     target = pick_device(device)
     precision = resolve_precision(recipe.precision, target)
     accelerator = Accelerator(cpu=target.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
