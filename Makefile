@@ -50,7 +50,8 @@ lint: environment ## style of code and rules, directions of imports
 	snakemake --lint
 	lint-imports
 
-pull: environment experiment ## data and results of the default experiment from the DVC remote
+pull: CONFIG := config/digits.yaml
+pull: environment ## data and results of the default experiment from the DVC remote
 	dvc pull
 	@dvc status --quiet || { echo "What was pulled is not what dvc.lock describes (see dvc status): nothing was marked as up to date." >&2; exit 1; }
 	@python workflow/scripts/clear_stale_lock.py --configfile $(CONFIG)

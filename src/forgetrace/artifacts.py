@@ -98,6 +98,20 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def stage_versions(*stages: str) -> dict[str, int]:
+    """The numbers of ``workflow/versions.yaml`` that a result's key must hold.
+
+    A number is raised when a stage's code changes its results; 0 where there is no such file.
+    """
+    import yaml
+
+    try:
+        numbers = yaml.safe_load(Path("workflow/versions.yaml").read_text(encoding="utf-8"))
+    except OSError:
+        numbers = {}
+    return {stage: numbers.get(stage, 0) for stage in stages}
+
+
 def provenance(config: Mapping, inputs: Mapping[str, str | Path] | None = None) -> dict:
     """What an output records of its making.
 
@@ -208,6 +222,14 @@ def read_image(path: str | Path) -> np.ndarray:
 
     with _readable(path), Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def read_tensors_provenance(path: str | Path) -> dict:
+    """The provenance a ``.safetensors`` file was written with; empty where it has none."""
+    from safetensors import safe_open
+
+    with _readable(path), safe_open(path, framework="np") as content:
+        return json.loads((content.metadata() or {}).get("provenance", "{}"))
 
 
 @contextmanager

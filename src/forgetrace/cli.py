@@ -24,7 +24,7 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Option("--config", help="The experiment: config/<name>.yaml.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …; auto takes CUDA where there is one.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; does not change the result beyond rounding.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; does not change the result beyond rounding.")]
 QueryName = Annotated[str, typer.Option("--query", help="Name of a query, such as report-00.")]
 
 
@@ -225,8 +225,9 @@ def tidy(
 
     wanted = layout.files() | {layout.figure(name, kind) for name in names(layout) for kind in ("png", "pdf")}
     unfinished = Path(layout.checkpoints(""))
+    made = ("report.html", "rules.dot", "rules.svg")  # by make report and make dag
     for path in sorted(path for path in Path(layout.root).rglob("*") if path.is_file()):
-        if path.as_posix() not in wanted and unfinished not in path.parents:
+        if path.as_posix() not in wanted and path.name not in made and unfinished not in path.parents:
             typer.echo(path)
             if remove:
                 path.unlink()

@@ -178,7 +178,7 @@ class Retrain(Section):
     """Leave-K-out models, trained from scratch with the recipe of θ0."""
 
     methods: list[str] = Field([], description="Methods judged by retraining (random is always judged).")
-    k: list[Positive] = Field([200], description="How many top-ranked images to leave out.")
+    k: list[Positive] = Field([200], min_length=1, description="How many top-ranked images to leave out.")
     random_draws: Positive = Field(3, description="Random sets per K, shared by all queries.")
     seeds: int = Field(2, ge=0, description="Retrainings on all images with other seeds: the noise floor.")
     keep_weights: bool = Field(False, description="Keep the weights of query-specific leave-K-out models.")
@@ -219,7 +219,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _coherent(self):
-        limit = self.encode.max_images or DATASET_SIZES[self.prepare.dataset]
+        held_out = self.prepare.tuning_captions + self.prepare.report_captions
+        # Every held-out caption takes at least one image with it.
+        limit = DATASET_SIZES[self.prepare.dataset] - held_out
+        limit = min(limit, self.encode.max_images or limit)
         if largest := [k for k in self.retrain.k if k >= limit]:
             raise ValueError(f"retrain.k: {largest[0]} images cannot be left out of {limit}; choose a smaller K")
         for method in self.retrain.methods:

@@ -209,6 +209,30 @@ def test_shared_models_keep_their_weights_and_nothing_else(tiny, trainings):
     assert not Path(f"{tiny.root}/retrain/measures").exists()
 
 
+def test_shared_models_that_are_there_are_kept(tiny, monkeypatch):
+    retrain(tiny, "random", 10, "draw0", "cpu")
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained again"))
+    retrain(tiny, "random", 10, "draw0", "cpu")
+
+
+def test_weights_asked_for_later_are_trained_and_then_kept(measured, trainings):
+    keeping = replace(measured, config=settings(retrain={"keep_weights": True}))
+    retrain(keeping, *MODEL, "cpu")
+    assert trainings == ["unlearn-k10-report-00"]
+    assert Path(keeping.retrained(*MODEL)).is_file()
+
+
+@pytest.mark.parametrize("stage", ["encode", "train", "retrain", "measure"])
+def test_a_raised_version_retrains(measured, trainings, stage):
+    numbers = dict.fromkeys(("encode", "train", "retrain", "measure"), 0)
+    write_json("workflow/versions.yaml", numbers)  # JSON is YAML; zeros are what a missing file means
+    retrain(measured, *MODEL, "cpu")
+    assert trainings == []
+    write_json("workflow/versions.yaml", numbers | {stage: 1})
+    retrain(measured, *MODEL, "cpu")
+    assert trainings == ["unlearn-k10-report-00"]
+
+
 def test_the_base_model_makes_its_query_again(tiny, trainings):
     for method, k, member in tiny.shared_models()[1:]:
         retrain(tiny, method, k, member, "cpu")

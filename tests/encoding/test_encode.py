@@ -115,7 +115,7 @@ def test_a_truncated_image_names_itself(tiny):
     path = Path(f"{tiny.data}/images/tiny-23.png")
     path.write_bytes(path.read_bytes()[:500])
     manifest = Path(tiny.encode_manifest).read_bytes()
-    with pytest.raises(UserError, match=f"^{path} is damaged"):
+    with pytest.raises(UserError, match=f"^{path} is missing or damaged: delete {tiny.data}/manifest.json"):
         encode(tiny)
     assert Path(tiny.encode_manifest).read_bytes() == manifest
     assert len(load_encoded(tiny)) == IMAGES  # what was computed before is intact

@@ -24,7 +24,7 @@ rule fit:
         config=CONFIG_FILE,
         shaped_by=shaped_by("fit", "fit", "seed"),
     shell:
-        "forgetrace fit --config {params.config:q} --threads {threads} --device auto > {log} 2>&1"
+        "forgetrace fit --config {params.config:q} --threads {threads} --device auto > {log:q} 2>&1"
 
 
 rule all_fit:
@@ -61,7 +61,7 @@ rule unlearn:
         ),
     shell:
         "forgetrace unlearn --config {params.config:q} --variant {wildcards.variant:q}"
-        " --query {wildcards.query:q} --threads {threads} --device auto > {log} 2>&1"
+        " --query {wildcards.query:q} --threads {threads} --device auto > {log:q} 2>&1"
 
 
 rule all_unlearn:
@@ -96,7 +96,7 @@ rule scan_base:
         config=CONFIG_FILE,
         shaped_by=shaped_by("scan", "scan", "seed"),
     shell:
-        "forgetrace scan --config {params.config:q} --threads {threads} --device auto > {log} 2>&1"
+        "forgetrace scan --config {params.config:q} --threads {threads} --device auto > {log:q} 2>&1"
 
 
 rule scan:
@@ -123,7 +123,7 @@ rule scan:
         shaped_by=shaped_by("scan", "scan", "seed"),
     shell:
         "forgetrace scan --config {params.config:q} --variant {wildcards.variant:q}"
-        " --query {wildcards.query:q} --threads {threads} --device auto > {log} 2>&1"
+        " --query {wildcards.query:q} --threads {threads} --device auto > {log:q} 2>&1"
 
 
 rule all_scan:
@@ -159,7 +159,7 @@ rule score:
         ),
     shell:
         "forgetrace score --config {params.config:q} --method {wildcards.method:q}"
-        " --query {wildcards.query:q} > {log} 2>&1"
+        " --query {wildcards.query:q} > {log:q} 2>&1"
 
 
 rule all_score:

@@ -1,11 +1,13 @@
 # retrain and measure: models trained from scratch without some images, and what they say of a query.
 
 
+# A retraining takes minutes to hours: update() leaves its last result in place, so that the job can
+# recognise, by the key in it, that the same images were left out and there is nothing to train.
 rule retrain_shared:
     input:
         ENCODED,
     output:
-        layout.retrained("{method}", "{k}", "{draw}"),
+        update(layout.retrained("{method}", "{k}", "{draw}")),
     log:
         log_file("retrain", "{method}", "k{k}", "{draw}"),
     benchmark:
@@ -24,11 +26,9 @@ rule retrain_shared:
         shaped_by=shaped_by("train retrain", "train", "seed"),
     shell:
         "forgetrace retrain --config {params.config:q} --method {wildcards.method:q} --k {wildcards.k}"
-        " --member {wildcards.draw:q} --device auto > {log} 2>&1"
+        " --member {wildcards.draw:q} --device auto > {log:q} 2>&1"
 
 
-# A retraining takes minutes to hours: update() leaves its last result in place, so that the job can
-# recognise, by the key in it, that the same images were left out and there is nothing to train.
 rule retrain:
     input:
         ENCODED,
@@ -41,7 +41,7 @@ rule retrain:
                 layout.measure("{method}", "{k}", "{query}", "{query}").values(),
             )
         ),
-        [layout.retrained("{method}", "{k}", "{query}")]
+        [update(layout.retrained("{method}", "{k}", "{query}"))]
         if layout.config.retrain.keep_weights
         else [],
     log:
@@ -69,14 +69,14 @@ rule retrain:
         ),
     shell:
         "forgetrace retrain --config {params.config:q} --method {wildcards.method:q} --k {wildcards.k}"
-        " --member {wildcards.query:q} --device auto > {log} 2>&1"
+        " --member {wildcards.query:q} --device auto > {log:q} 2>&1"
 
 
 # A user's image came from no initial noise of ours: it has losses, but cannot be regenerated.
 use rule retrain as retrain_own_image with:
     output:
         update(layout.measure("{method}", "{k}", "{query}", "{query}")["losses"]),
-        [layout.retrained("{method}", "{k}", "{query}")]
+        [update(layout.retrained("{method}", "{k}", "{query}"))]
         if layout.config.retrain.keep_weights
         else [],
     wildcard_constraints:
@@ -116,7 +116,7 @@ rule measure:
         ),
     shell:
         "forgetrace measure --config {params.config:q} --query {wildcards.query:q} --threads {threads}"
-        " --device auto > {log} 2>&1"
+        " --device auto > {log:q} 2>&1"
 
 
 use rule measure as measure_own_image with:

@@ -19,7 +19,7 @@ rule prepare:
         config=CONFIG_FILE,
         shaped_by=shaped_by("prepare", "prepare"),
     shell:
-        "forgetrace prepare --config {params.config:q} > {log} 2>&1"
+        "forgetrace prepare --config {params.config:q} > {log:q} 2>&1"
 
 
 rule encode:
@@ -42,7 +42,7 @@ rule encode:
         config=CONFIG_FILE,
         shaped_by=shaped_by("encode", "encode", "seed"),
     shell:
-        "forgetrace encode --config {params.config:q} > {log} 2>&1"
+        "forgetrace encode --config {params.config:q} > {log:q} 2>&1"
 
 
 rule all_encode:

@@ -34,7 +34,7 @@ rule evaluate:
         config=CONFIG_FILE,
         shaped_by=shaped_by("evaluate", "evaluate", "retrain", "seed"),
     shell:
-        "forgetrace evaluate --config {params.config:q} > {log} 2>&1"
+        "forgetrace evaluate --config {params.config:q} > {log:q} 2>&1"
 
 
 rule all_evaluate:

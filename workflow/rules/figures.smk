@@ -27,7 +27,7 @@ rule figure_training:
         config=CONFIG_FILE,
         shaped_by=shaped_by("figures"),
     shell:
-        "forgetrace figures --config {params.config:q} --name training > {log} 2>&1"
+        "forgetrace figures --config {params.config:q} --name training > {log:q} 2>&1"
 
 
 rule figure_attribution:
@@ -60,7 +60,7 @@ rule figure_attribution:
         shaped_by=shaped_by("figures", "figures"),
     shell:
         "forgetrace figures --config {params.config:q} --name attribution-{wildcards.query:q}"
-        " > {log} 2>&1"
+        " > {log:q} 2>&1"
 
 
 rule figure_counterfactual:
@@ -89,10 +89,12 @@ rule figure_counterfactual:
         runtime=15,
     params:
         config=CONFIG_FILE,
-        shaped_by=shaped_by("evaluate figures", ("evaluate", "encoder")),
+        shaped_by=shaped_by(
+            "evaluate figures", ("evaluate", "encoder"), ("score", "methods")
+        ),
     shell:
         "forgetrace figures --config {params.config:q} --name counterfactual-{wildcards.query:q}"
-        " > {log} 2>&1"
+        " > {log:q} 2>&1"
 
 
 rule figure_delta:
@@ -119,9 +121,9 @@ rule figure_delta:
         runtime=15,
     params:
         config=CONFIG_FILE,
-        shaped_by=shaped_by("figures", ("retrain", "methods")),
+        shaped_by=shaped_by("figures", ("retrain", "methods"), ("score", "methods")),
     shell:
-        "forgetrace figures --config {params.config:q} --name delta > {log} 2>&1"
+        "forgetrace figures --config {params.config:q} --name delta > {log:q} 2>&1"
 
 
 rule all_figures:

@@ -26,7 +26,7 @@ rule train:
         config=CONFIG_FILE,
         shaped_by=shaped_by("train", "train", "seed"),
     shell:
-        "forgetrace train --config {params.config:q} --device auto > {log} 2>&1"
+        "forgetrace train --config {params.config:q} --device auto > {log:q} 2>&1"
 
 
 rule all_train:
@@ -67,7 +67,7 @@ rule synthesize:
         ),
     shell:
         "forgetrace synthesize --config {params.config:q} --query {wildcards.query:q} --threads {threads}"
-        " --device auto > {log} 2>&1"
+        " --device auto > {log:q} 2>&1"
 
 
 rule all_synthesize:

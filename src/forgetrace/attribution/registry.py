@@ -43,6 +43,8 @@ def check_methods(config: Config) -> None:
         if method in (BASE, SEED_SET):
             raise UserError(f"score.methods.{method}: '{method}' names models of the evaluation; choose another name.")
         name = options.attributor or method
+        if (method == RANDOM) != (name == RANDOM):
+            raise UserError(f"score.methods.{method}: the name '{RANDOM}' belongs to the attributor '{RANDOM}' alone.")
         if name not in ATTRIBUTORS:
             raise UserError(
                 f"score.methods.{method}: '{name}' is no attribution method; choose one of {', '.join(ATTRIBUTORS)}."

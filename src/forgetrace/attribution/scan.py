@@ -16,6 +16,7 @@ from forgetrace.artifacts import (
     provenance,
     read_array,
     sha256_of,
+    stage_versions,
     write_array,
     write_arrays,
 )
@@ -40,7 +41,8 @@ def scan(layout: Layout, variant: str | None = None, query: str | None = None, d
     unet = load_unet(layout, pick_device(device), weights)
     bank = scan_noise(layout, encoded, scheduler)
     made_by = provenance(layout.config.digest_of("seed", "scan"), {"base": layout.weights, "weights": weights})
-    partial = Path(layout.checkpoints("scan")) / f"{fingerprint([made_by, sha256_of(layout.latents)])}.npy"
+    key = fingerprint([made_by, sha256_of(layout.latents), stage_versions("scan")])
+    partial = Path(layout.checkpoints("scan")) / f"{key}.npy"
     losses = _resumable(partial, (len(encoded), len(bank.timesteps)))
     scan_losses(unet, scheduler, encoded, bank, losses, layout.config.scan.batch_size)
     write_arrays(output, {"losses": np.array(losses), "timesteps": bank.timesteps}, made_by)

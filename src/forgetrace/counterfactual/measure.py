@@ -1,10 +1,12 @@
 """What a model says of a query: its loss, and the image it makes of the same noise and prompt."""
 
+import hashlib
+
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from forgetrace.artifacts import fingerprint, read_arrays, sha256_of, write_image, write_json
+from forgetrace.artifacts import fingerprint, read_arrays, stage_versions, write_image, write_json
 from forgetrace.diffusion.device import processor_name
 from forgetrace.diffusion.loss import batched_losses
 from forgetrace.diffusion.model import load_scheduler
@@ -64,10 +66,13 @@ def query_losses(layout: Layout, unet: UNet2DConditionModel, arrays: dict) -> tu
 
 def measure_key(layout: Layout, query: str, model_key: str) -> str:
     """Fingerprint of what a measurement depends on: the model, the query, how it is measured."""
+    # The arrays, not the file: its provenance may change where the query does not.
+    arrays = read_arrays(layout.query(query)["tensors"])
     return fingerprint(
         {
             "model": model_key,
-            "query": sha256_of(layout.query(query)["tensors"]),
+            "query": {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()},
+            "versions": stage_versions("measure"),
             "evaluate": layout.config.evaluate.model_dump(include={"timestep_stride", "draws"}),
             "sampler": layout.config.synthesize.model_dump(include={"sampler_steps", "guidance"}),
         }

