@@ -34,7 +34,9 @@ def jobs(checkout) -> dict[str, dict[str, set[str]]]:
             rule = line.removeprefix("rule ").rstrip(":")
             stage = files.setdefault(STAGE_OF.get(rule, rule), {"deps": set(), "outs": set()})
         elif kind in ("input", "output"):
-            stage["deps" if kind == "input" else "outs"] |= set(value.split(", "))
+            # An output marked update() is printed with a remark.
+            paths = {path.removesuffix(" (update)") for path in value.split(", ")}
+            stage["deps" if kind == "input" else "outs"] |= paths
     del files["all"]
     for stage in files.values():
         stage["deps"] -= stage["outs"]
