@@ -11,7 +11,7 @@ from forgetrace.artifacts import UserError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device to compute on.
+    """The device to compute on, set up for it: full fp32 and repeatable kernels on a GPU, a tuned CPU.
 
     Args:
         name: ``auto`` (CUDA if there is one, else CPU) or a torch device such as ``cpu`` or ``cuda:1``.

@@ -249,8 +249,8 @@ class _Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.ema.to(self.accelerator.device)
-        self.step, self.losses = state["step"], state["losses"]
-        log.warning("Resuming the training %s after step %d.", self.training.name, self.step)
+        self.step, self.losses = step, state["losses"]
+        log.warning("Resuming the training %s after step %d.", name, step)
 
 
 def snapshot_path(layout: Layout, training: str, step: int) -> Path:
