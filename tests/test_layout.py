@@ -56,6 +56,21 @@ def test_data_are_shared_by_experiments(layout):
     assert layout.metadata == "data/digits/metadata.jsonl"
 
 
+def test_data_of_other_settings_have_a_folder_of_their_own(layout):
+    changes = [
+        {"seed": 1},
+        {"tuning_captions": 61},
+        {"report_captions": 61},
+        {"seed": 6, "tuning_captions": 1},
+        {"seed": 1, "tuning_captions": 6},
+    ]
+    folders = {Layout("other", settings(prepare=change)).data for change in changes}
+    assert len(folders | {layout.data}) == len(changes) + 1
+    assert "data/digits-seed-1-tuning_captions-6" in folders
+    # A default that is written out is the same setting.
+    assert Layout("other", settings(prepare={"seed": 0, "report_captions": 60})).data == layout.data
+
+
 def test_wildcards_go_through(layout):
     assert layout.score("{method}", "{query}") == "results/tiny/score/{method}/{query}.parquet"
     assert layout.retrained("{method}", "{k}", "{member}").count("{") == 3

@@ -33,7 +33,10 @@ class Section(BaseModel):
 class Prepare(Section):
     """Build the dataset: images, captions and the split into pools."""
 
-    dataset: Literal["digits"] = Field("digits", description="Dataset source; data goes to data/<dataset>.")
+    dataset: Literal["digits"] = Field(
+        "digits",
+        description="Dataset source; data go to data/<dataset>, of changed settings to a folder that names them.",
+    )
     seed: int = Field(0, ge=0, description="Seed of the colours and of the caption split.")
     tuning_captions: Positive = Field(60, description="Distinct captions held out for choosing settings.")
     report_captions: Positive = Field(60, description="Distinct captions held out for reported queries.")

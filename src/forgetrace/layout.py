@@ -33,12 +33,17 @@ class Layout:
         """Folder of an unfinished training; outside every stage's outputs, removed at the end."""
         return f"{self.root}/checkpoints/{training}"
 
-    # prepare: shared by all experiments on one dataset
+    # prepare: shared by all experiments with the same settings of it
 
     @property
     def data(self) -> str:
-        """Dataset folder: ``images/``, ``metadata.jsonl``, ``manifest.json``."""
-        return f"data/{self.config.prepare.dataset}"
+        """Dataset folder: ``images/``, ``metadata.jsonl``, ``manifest.json``.
+
+        Its name holds every setting that is not the default, so that no experiment rewrites another's data.
+        """
+        settings = self.config.prepare
+        changed = settings.model_dump(exclude={"dataset"}, exclude_defaults=True)
+        return "-".join([f"data/{settings.dataset}", *(f"{key}-{value}" for key, value in changed.items())])
 
     @property
     def metadata(self) -> str:

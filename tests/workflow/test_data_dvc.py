@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from forgetrace.datasets.prepare import prepare
 from forgetrace.layout import load_layout
+
+from .conftest import Checkout
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,3 +32,13 @@ def test_a_rebuild_of_the_data_has_the_hash_dvc_tracks(tmp_path):
     tracked = yaml.safe_load((ROOT / "data.dvc").read_text())["outs"][0]
     assert tracked["path"] == "data"
     assert dvc_folder_hash(tmp_path / "data") == tracked["md5"]
+
+
+def test_data_of_other_settings_do_not_change_what_dvc_tracks(tmp_path):
+    checkout = Checkout.create(tmp_path)
+    checkout("git", "init", "--quiet")
+    ours = load_layout(ROOT / "config/digits.yaml")
+    prepare = ours.config.prepare.model_copy(update={"seed": 1})
+    other = replace(ours, config=ours.config.model_copy(update={"prepare": prepare}))
+    assert checkout("dvc", "check-ignore", other.data_manifest, check=False).returncode == 0
+    assert checkout("dvc", "check-ignore", ours.data_manifest, check=False).returncode == 1

@@ -39,6 +39,15 @@ def test_the_default_experiment_is_digits(checkout):
     assert "results/digits/" in checkout("snakemake", "-n", "all_train").stdout
 
 
+def test_other_settings_of_the_data_plan_a_folder_of_their_own(checkout):
+    """So that no experiment's data are rewritten, and made invalid, by another experiment."""
+    config = (ROOT / "config/smoke.yaml").read_text(encoding="utf-8")
+    (checkout.folder / "other.yaml").write_text(config.replace("dataset: digits", "seed: 1"))
+    planned = checkout("snakemake", "-n", "prepare", "encode", "--configfile", "other.yaml").stdout
+    assert "data/digits-seed-1/metadata.jsonl" in planned
+    assert "data/digits/" not in planned
+
+
 def test_every_stage_has_a_target(checkout):
     listed = checkout("snakemake", "--list-target-rules").stdout.split()
     assert {"all", "prepare", *(f"all_{stage}" for stage in STAGES)} <= set(listed)
