@@ -12,6 +12,7 @@ from snakemake.utils import min_version, validate
 from forgetrace.artifacts import UserError
 from forgetrace.attribution import registry
 from forgetrace.config import RANDOM, SEED_SET, load_config
+from forgetrace.encoding.check import check_data
 from forgetrace.figures import catalogue
 from forgetrace.layout import Layout
 
@@ -47,7 +48,9 @@ def load_experiment():
             f"Set values in {files[0]} instead of with --config: every job reads the file."
         )
     registry.check_methods(experiment)
-    return files[0], Layout(Path(files[0]).stem, experiment)
+    layout = Layout(Path(files[0]).stem, experiment)
+    check_data(layout)
+    return files[0], layout
 
 
 try:

@@ -1,0 +1,39 @@
+"""What of a config only the images and captions can tell to be impossible; checked before any job.
+
+Nothing here imports torch: Snakemake asks while it reads the rules.
+"""
+
+import numpy as np
+
+from forgetrace.artifacts import UserError, read_json
+from forgetrace.datasets.prepare import TRAIN, split_captions
+from forgetrace.datasets.registry import SOURCES
+from forgetrace.encoding.latents import to_latents
+from forgetrace.layout import Layout
+
+
+def check_data(layout: Layout) -> None:
+    """Check that images fit the encoder, and that held-out captions and every K leave some to train on.
+
+    Raises:
+        UserError: they do not; the message names the key.
+    """
+    config = layout.config
+    shape, images = _shape_and_count(layout)
+    to_latents(np.zeros((1, *shape), dtype=np.uint8), config.encode.factor)
+    images = min(images, config.encode.max_images or images)
+    if too_large := [k for k in config.retrain.k if k >= images]:
+        raise UserError(f"retrain.k: {too_large[0]} images cannot be left out of {images}; choose a smaller K.")
+
+
+def _shape_and_count(layout: Layout) -> tuple[list[int], int]:
+    """Shape of an image and number of images that may be trained on."""
+    try:
+        manifest = read_json(layout.data_manifest)
+        return manifest["image_shape"], manifest["counts"][TRAIN]
+    except (UserError, KeyError):
+        pass  # not prepared yet, or to be made again: a second's work tells
+    settings = layout.config.prepare
+    examples = list(SOURCES[settings.dataset](settings.seed))
+    held_out = {caption for pool in split_captions(examples, settings).values() for caption in pool}
+    return list(examples[0].image.shape), sum(example.caption not in held_out for example in examples)
