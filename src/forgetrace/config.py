@@ -163,7 +163,9 @@ class Method(Section):
     """A row of the result tables: an attributor of the registry with its options."""
 
     attributor: str | None = Field(None, description="Registered attributor; by default the method's own name.")
-    variant: str | None = Field(None, description="Unlearning variant it uses; by default the method's name.")
+    variant: str | None = Field(
+        None, description="Unlearning variant it uses; by default the method's name (unlearning only)."
+    )
     score: Literal["difference", "skew"] = Field(
         "difference", description="How a loss before and after becomes a score (unlearning only)."
     )

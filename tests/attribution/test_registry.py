@@ -37,6 +37,14 @@ def test_an_unlearning_method_needs_its_variant():
     check_methods(config({"u": {"attributor": "unlearning", "variant": "v"}, "random": {}}, unlearn=variants))
 
 
+@pytest.mark.parametrize("option", [{"variant": "v"}, {"score": "skew"}, {"score": "difference"}])
+@pytest.mark.parametrize("name", ["pixel", "pixel-l2", "text", "random"])
+def test_an_option_that_would_be_ignored_is_named(name, option):
+    methods = {name: option, "u": {"attributor": "unlearning", "variant": "v", "score": "skew"}}
+    with pytest.raises(UserError, match=rf"^score.methods.{name}.{next(iter(option))}: '{name}' has no such option"):
+        check_methods(config(methods, unlearn={"v": {"step_size": 0.1}}))
+
+
 @pytest.mark.parametrize("name", ["base", "seed"])
 def test_names_of_the_evaluations_own_models_are_reserved(name):
     with pytest.raises(UserError, match=f"'{name}' names models of the evaluation"):

@@ -17,12 +17,14 @@ class Attributor(ABC):
 
     Attributes:
         summary: one line for the list of methods.
+        reads: options of the entry under ``score.methods`` that the method uses; others are refused.
         layout: the experiment's files.
         method: the method's name in the config.
         options: its entry under ``score.methods``.
     """
 
     summary: ClassVar[str]
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, layout: Layout, method: str):
         self.layout = layout

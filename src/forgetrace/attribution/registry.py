@@ -37,7 +37,8 @@ def check_methods(config: Config) -> None:
     """Check every entry of ``score.methods`` before anything runs.
 
     Raises:
-        UserError: a reserved name, an unknown attributor, or an unlearning variant that is not in the config.
+        UserError: a reserved name, an unknown attributor, an option it does not use, or an unlearning variant
+            that is not in the config.
     """
     for method, options in config.score.methods.items():
         if method in (BASE, SEED_SET):
@@ -49,6 +50,8 @@ def check_methods(config: Config) -> None:
             raise UserError(
                 f"score.methods.{method}: '{name}' is no attribution method; choose one of {', '.join(ATTRIBUTORS)}."
             )
+        for key in sorted(options.model_fields_set - {"attributor"} - ATTRIBUTORS[name].reads):
+            raise UserError(f"score.methods.{method}.{key}: '{name}' has no such option; remove the key.")
         ATTRIBUTORS[name].check(config, method)
 
 

@@ -15,6 +15,7 @@ class Unlearning(Attributor):
     """Loss increase of each training image after unlearning the query."""
 
     summary = "loss increase of a training image after the model has unlearned the query (AbU)"
+    reads = frozenset({"variant", "score"})
 
     @classmethod
     def check(cls, config: Config, method: str) -> None:
