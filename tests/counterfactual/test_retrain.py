@@ -14,6 +14,7 @@ from forgetrace.artifacts import (
     read_json,
     read_table,
     read_tensors,
+    write_image,
     write_json,
     write_table,
 )
@@ -162,17 +163,37 @@ def test_another_query_retrains(measured, trainings):
     assert trainings == ["unlearn-k10-report-00"]
 
 
-@pytest.mark.parametrize("damage", ["missing image", "truncated", "no key", "missing"])
+@pytest.mark.parametrize("damage", ["missing image", "another image", "truncated", "no key", "missing"])
 def test_a_measurement_that_is_not_whole_is_made_again(measured, trainings, damage):
     losses, image = (Path(files(measured)[name]) for name in ("losses", "image"))
     if damage == "missing image":
         image.unlink()
+    elif damage == "another image":  # of a run that was killed before it wrote its losses
+        write_image(image, 255 - read_image(image))
     elif damage == "truncated":
         losses.write_text(losses.read_text()[:100])
     elif damage == "missing":
         losses.unlink()
     else:
         write_json(losses, {"loss": 1})
+    retrain(measured, *MODEL, "cpu")
+    assert trainings == ["unlearn-k10-report-00"]
+
+
+def test_a_measurement_of_before_images_had_hashes_is_kept(measured, trainings):
+    record = read_json(files(measured)["losses"])
+    assert len(record.pop("image_sha256")) == 64
+    write_json(files(measured)["losses"], record)
+    retrain(measured, *MODEL, "cpu")
+    assert trainings == []
+
+
+def test_a_measurement_killed_between_its_files_is_made_again(measured, trainings, monkeypatch):
+    def killed():
+        monkeypatch.setattr("forgetrace.counterfactual.measure.write_json", lambda *_: os.kill(os.getpid(), 9))
+        measure(measured, load_unet(measured, CPU), MODEL, "report-00", "another key")
+
+    assert in_child(killed) == signal.SIGKILL
     retrain(measured, *MODEL, "cpu")
     assert trainings == ["unlearn-k10-report-00"]
 
@@ -252,6 +273,7 @@ def test_shared_models_differ_from_the_base_where_they_learned_something_else(ti
 def test_a_users_image_has_losses_only(tiny):
     measure(tiny, load_unet(tiny, CPU), ("base", 0, "base"), "mine", "key")
     record = read_json(tiny.measure("base", 0, "base", "mine")["losses"])
+    assert "image_sha256" not in record
     assert record["regenerated"] is False
     assert not Path(tiny.measure("base", 0, "base", "mine")["image"]).exists()
 

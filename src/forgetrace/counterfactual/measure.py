@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from forgetrace.artifacts import fingerprint, read_arrays, stage_versions, write_image, write_json
+from forgetrace.artifacts import fingerprint, read_arrays, sha256_of, stage_versions, write_image, write_json
 from forgetrace.diffusion.device import processor_name
 from forgetrace.diffusion.loss import batched_losses
 from forgetrace.diffusion.model import load_scheduler
@@ -19,7 +19,8 @@ from forgetrace.layout import Layout
 def measure(layout: Layout, unet: UNet2DConditionModel, model: tuple[str, int, str], query: str, key: str) -> None:
     """Write a model's losses on a query and the regenerated image.
 
-    A user's image has no initial noise to be regenerated from: its losses are all there is.
+    A user's image has no initial noise to be regenerated from: its losses are all there is. The losses are
+    written last and hold the image's hash, so that a kill between the two cannot pair them with another image.
 
     Args:
         layout: the experiment.
@@ -38,6 +39,8 @@ def measure(layout: Layout, unet: UNet2DConditionModel, model: tuple[str, int, s
     # Rounding differs between processors: a table may mix them, but must be able to say so.
     record |= {"processor": processor_name(next(unet.parameters()).device)}
     record |= {"key": key, "regenerated": regenerated, "loss": float(losses.mean())}
+    if regenerated:
+        record |= {"image_sha256": sha256_of(files["image"])}
     record |= {"timesteps": timesteps.tolist(), "losses": [round(float(value), 8) for value in losses]}
     write_json(files["losses"], record)
 

@@ -7,7 +7,6 @@ Models shared by all queries (random sets, other seeds) keep their weights, and 
 """
 
 import logging
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -81,9 +80,11 @@ def _is_trained(path: str, key: str) -> bool:
 
 
 def _is_measured(files: dict[str, str], key: str) -> bool:
-    """Whether an earlier run left the measurement with this fingerprint."""
+    """Whether an earlier run left the measurement with this fingerprint, and the image that belongs to it."""
     try:
         record = read_json(files["losses"])
+        image = sha256_of(files["image"]) if record.get("regenerated") else None
     except UserError:
         return False
-    return record.get("key") == key and (Path(files["image"]).is_file() or not record["regenerated"])
+    # Records of before images were hashed say nothing of theirs.
+    return record.get("key") == key and record.get("image_sha256", image) == image
