@@ -53,13 +53,16 @@ def test_a_users_image_of_the_right_size_is_taken_as_it_is(tiny):
     np.testing.assert_array_equal(read_image(tiny.query("mine")["image"]), pixels)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no image"])
+@pytest.mark.parametrize("content", [None, b"", b"no image", "cut short"])
 def test_an_unreadable_user_image_is_one_sentence(tiny, content, tmp_path):
+    if content == "cut short":
+        content = (tmp_path / "mine.png").read_bytes()[:700]
     (tmp_path / "mine.png").unlink()
     if content is not None:
         (tmp_path / "mine.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"^mine.png is"):
+    with pytest.raises(UserError, match=r"^mine.png is .* under synthesize.queries\.$") as caught:
         synthesize(tiny, "mine", "cpu")
+    assert "delete" not in str(caught.value)  # nothing rebuilds a user's file
 
 
 def test_guidance_uses_the_empty_caption(tiny):

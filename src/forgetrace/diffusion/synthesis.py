@@ -28,7 +28,7 @@ def synthesize(layout: Layout, query: str, device: str = "auto") -> None:
     """Write one query's record, image and tensors.
 
     Raises:
-        UserError: the user's image cannot be read, or the prompt is longer than the captions.
+        UserError: the user's image is missing or cannot be read, or the prompt is longer than the captions.
     """
     own = layout.config.image_query(query)
     tokens = read_json(layout.encode_manifest)["caption_shape"][0]
@@ -94,7 +94,13 @@ def _latent_of_file(layout: Layout, path: str) -> np.ndarray:
     from PIL import Image
 
     height, width, _ = read_json(layout.encode_manifest)["image_shape"]
-    pixels = read_image(path)
+    try:
+        pixels = read_image(path)
+    except UserError:
+        raise UserError(
+            f"{path} is missing or no image that can be read: put the picture of the query there, "
+            "or change its 'image' under synthesize.queries."
+        ) from None
     if pixels.shape[:2] != (height, width):
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
     latents = to_latents(pixels[None], layout.config.encode.factor)
