@@ -17,6 +17,7 @@ from forgetrace.artifacts import (
     write_image,
     write_json,
     write_table,
+    write_tensors,
 )
 from forgetrace.counterfactual import retrain as module
 from forgetrace.counterfactual.measure import measure, measure_key, query_losses
@@ -262,6 +263,15 @@ def test_the_base_model_makes_its_query_again(tiny, trainings):
         assert read_json(tiny.measure(*model, "report-00")["losses"])["query"] == "report-00"
     base = tiny.measure("base", 0, "base", "report-00")
     np.testing.assert_array_equal(read_image(base["image"]), read_image(tiny.query("report-00")["image"]))
+
+
+def test_a_shared_model_that_lacks_weights_is_not_measured(tiny, trainings):
+    for method, k, member in tiny.shared_models()[1:]:
+        retrain(tiny, method, k, member, "cpu")
+    path = tiny.retrained("random", 10, "draw1")
+    write_tensors(path, dict(list(read_tensors(path).items())[1:]), {})
+    with pytest.raises(UserError, match=rf"^{path} belongs to another architecture .* 1 are missing"):
+        measure_shared(tiny, "report-00", "cpu")
 
 
 def test_shared_models_differ_from_the_base_where_they_learned_something_else(tiny):

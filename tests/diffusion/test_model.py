@@ -53,8 +53,21 @@ def test_a_loaded_model_is_frozen_and_complete(tiny):
 def test_some_weights_are_laid_over_the_rest(tiny):
     name = next(name for name in read_tensors(tiny.weights) if ".attn2.to_k." in name)
     write_tensors("some.safetensors", {name: torch.ones_like(read_tensors(tiny.weights)[name])}, {})
-    base, changed = load_unet(tiny, CPU).state_dict(), load_unet(tiny, CPU, "some.safetensors").state_dict()
+    base = load_unet(tiny, CPU).state_dict()
+    changed = load_unet(tiny, CPU, changed="some.safetensors").state_dict()
     assert [key for key in base if not torch.equal(base[key], changed[key])] == [name]
+
+
+def test_other_weights_than_the_base_models_must_be_complete(tiny):
+    """Those of a shared retraining: missing ones would silently be θ0's."""
+    weights = {name: weight + 1 for name, weight in read_tensors(tiny.weights).items()}
+    write_tensors("all.safetensors", weights, {})
+    loaded = load_unet(tiny, CPU, "all.safetensors").state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+    weights.popitem()
+    write_tensors("all.safetensors", weights, {})
+    with pytest.raises(UserError, match=r"^all.safetensors belongs to another architecture .* 1 are missing"):
+        load_unet(tiny, CPU, "all.safetensors")
 
 
 @pytest.mark.parametrize("recipe", [{"channels": [16, 16]}, {"layers_per_block": 2}, {"cross_attention": [True, True]}])

@@ -154,7 +154,7 @@ def test_losses_before_and_after_are_those_of_the_two_models(tiny):
     scheduler, encoded, target = load_scheduler(tiny), load_encoded(tiny), read_query(tiny, "report-00")
     files = tiny.unlearned("unlearn", "report-00")
     for moment, weights in (("before", None), ("after", files["weights"])):
-        unet = load_unet(tiny, CPU, weights)
+        unet = load_unet(tiny, CPU, changed=weights)
         losses = read_json(files["losses"])[moment]
         assert losses["query"] == pytest.approx(query_loss(unet, scheduler, target, 5), rel=1e-6)
         assert losses["others"] == pytest.approx(others_loss(unet, scheduler, encoded, 5), rel=1e-6)

@@ -38,7 +38,7 @@ def scan(layout: Layout, variant: str | None = None, query: str | None = None, d
     encoded, scheduler = load_encoded(layout), load_scheduler(layout)
     weights = layout.unlearned(variant, query)["weights"] if variant and query else layout.weights
     output = layout.scan(variant, query) if variant and query else layout.base_scan
-    unet = load_unet(layout, pick_device(device), weights)
+    unet = load_unet(layout, pick_device(device), changed=weights)
     bank = scan_noise(layout, encoded, scheduler)
     made_by = provenance(layout.config.digest_of("seed", "scan"), {"base": layout.weights, "weights": weights})
     key = fingerprint([made_by, sha256_of(layout.latents), stage_versions("scan")])

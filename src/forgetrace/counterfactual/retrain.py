@@ -8,7 +8,6 @@ Models shared by all queries (random sets, other seeds) keep their weights, and 
 
 import logging
 
-import torch
 from accelerate import PartialState
 
 from forgetrace.artifacts import UserError, provenance, read_json, read_tensors_provenance, sha256_of, write_tensors
@@ -16,9 +15,9 @@ from forgetrace.config import RANDOM, SEED_SET
 from forgetrace.counterfactual.measure import measure, measure_key
 from forgetrace.counterfactual.sets import training_of
 from forgetrace.diffusion.device import pick_device, resolve_precision
-from forgetrace.diffusion.model import build_unet, load_unet
-from forgetrace.diffusion.training import Weights, discard_checkpoints, train, training_key
-from forgetrace.encoding.store import Encoded, load_encoded
+from forgetrace.diffusion.model import build_unet, frozen, load_unet
+from forgetrace.diffusion.training import discard_checkpoints, train, training_key
+from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -49,8 +48,10 @@ def retrain(layout: Layout, method: str, k: int, member: str, device: str = "aut
         made_by = provenance(layout.config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
         write_tensors(path, weights, made_by | record)
     if not shared:
-        unet = _with_weights(layout, encoded, weights, device)
-        measure(layout, unet, (method, k, member), member, measured)
+        shape, width = tuple(encoded.latents.shape[1:]), encoded.captions.shape[2]
+        unet = build_unet(layout.config.train, shape, width, seed=0)
+        unet.load_state_dict(weights)
+        measure(layout, frozen(unet, pick_device(device)), (method, k, member), member, measured)
     discard_checkpoints(layout, training.name)
 
 
@@ -60,15 +61,6 @@ def measure_shared(layout: Layout, query: str, device: str = "auto") -> None:
         weights = layout.retrained(*model)
         unet = load_unet(layout, pick_device(device), weights)
         measure(layout, unet, model, query, measure_key(layout, query, sha256_of(weights)))
-
-
-def _with_weights(layout: Layout, encoded: Encoded, weights: Weights, device: str) -> torch.nn.Module:
-    """A model of the recipe with trained weights, ready to be measured."""
-    shape, width = tuple(encoded.latents.shape[1:]), encoded.captions.shape[2]
-    unet = build_unet(layout.config.train, shape, width, seed=0)
-    unet.load_state_dict(weights)
-    unet.requires_grad_(False).eval()
-    return unet.to(pick_device(device))
 
 
 def _is_trained(path: str, key: str) -> bool:

@@ -63,26 +63,30 @@ def load_scheduler(layout: Layout) -> DDPMScheduler:
     return DDPMScheduler.from_config(read_json(layout.scheduler))
 
 
-def load_unet(layout: Layout, device: torch.device, weights: str | Path | None = None) -> UNet2DConditionModel:
-    """θ0, or a model of its architecture with other weights.
+def load_unet(
+    layout: Layout, device: torch.device, weights: str | Path | None = None, changed: str | Path | None = None
+) -> UNet2DConditionModel:
+    """θ0, or a model of its architecture with other weights, ready to be asked.
 
     Args:
         layout: the experiment.
         device: where to put it.
-        weights: all or some of its weights; some are laid over θ0's.
-
-    Returns:
-        The UNet in evaluation mode, no gradients needed.
+        weights: all of its weights; by default θ0's.
+        changed: weights laid over them, some or all.
 
     Raises:
         UserError: weights are missing, damaged or belong to another architecture.
     """
     unet = UNet2DConditionModel.from_config(read_json(layout.architecture))
-    load_weights(unet, layout.weights)
-    if weights is not None and str(weights) != layout.weights:
-        load_weights(unet, weights, partial=True)
-    unet.requires_grad_(False).eval()
-    return unet.to(device)
+    load_weights(unet, weights or layout.weights)
+    if changed is not None:
+        load_weights(unet, changed, partial=True)
+    return frozen(unet, device)
+
+
+def frozen(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
+    """The UNet on a device, in evaluation mode, no gradients needed."""
+    return unet.requires_grad_(False).eval().to(device)
 
 
 def load_weights(unet: UNet2DConditionModel, path: str | Path, partial: bool = False) -> None:
