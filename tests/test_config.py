@@ -93,6 +93,10 @@ def test_all_wrong_keys_are_named_at_once():
         ({"train": {"steps": 3, "warmup_steps": 0}}, "'train': snapshots must not outnumber steps"),
         ({"train": {"channels": [8, 12]}}, "'train': every entry of channels must be divisible"),
         ({"train": {"prediction": "x0"}}, "'train.prediction'"),
+        (
+            {"train": {"prediction": "epsilon"}},
+            "'train': prediction epsilon cannot .* squaredcos_cap_v2 .* take v_pred",
+        ),
         ({"unlearn": {"v": {}}}, "'unlearn.v.step_size'"),
         ({"unlearn": {"V 1": {"step_size": 1}}}, "unlearn"),
         ({"unlearn": {"v": {"step_size": 1, "weights": "most"}}}, "'unlearn.v.weights'"),

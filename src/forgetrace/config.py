@@ -63,7 +63,9 @@ class Train(Section):
     layers_per_block: Positive = Field(1, description="Residual layers of each block.")
     attention_heads: Positive = Field(2, description="Heads of every attention layer.")
     norm_groups: Positive = Field(8, description="Groups of every group normalisation.")
-    prediction: Literal["v_prediction", "epsilon"] = Field("v_prediction", description="Training target.")
+    prediction: Literal["v_prediction", "epsilon"] = Field(
+        "v_prediction", description="Training target; epsilon cannot sample from the schedule squaredcos_cap_v2."
+    )
     schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = Field(
         "squaredcos_cap_v2", description="Noise schedule, in diffusers' names."
     )
@@ -95,6 +97,12 @@ class Train(Section):
             raise ValueError("snapshots must not outnumber steps")
         if any(width % self.norm_groups or width % self.attention_heads for width in self.channels):
             raise ValueError("every entry of channels must be divisible by norm_groups and attention_heads")
+        if self.prediction == "epsilon" and self.schedule == "squaredcos_cap_v2":
+            # Its signal-to-noise ratio ends at 2e-9: the first sampling step would multiply every error by a thousand.
+            raise ValueError(
+                "prediction epsilon cannot start sampling from the pure noise that schedule squaredcos_cap_v2 ends in; "
+                "take v_prediction, or the schedule linear or scaled_linear"
+            )
         return self
 
     def snapshot_steps(self) -> list[int]:

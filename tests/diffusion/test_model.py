@@ -32,11 +32,14 @@ def test_cross_attention_is_where_the_recipe_says():
     assert attending == {"down_blocks.0", "mid_block", "up_blocks.1"}
 
 
-@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear", "scaled_linear"])
-def test_the_scheduler_follows_the_recipe(schedule):
-    scheduler = build_scheduler(settings(train={"schedule": schedule, "prediction": "epsilon"}).train)
+@pytest.mark.parametrize(
+    ("schedule", "prediction"),
+    [("squaredcos_cap_v2", "v_prediction"), ("linear", "epsilon"), ("scaled_linear", "epsilon")],
+)
+def test_the_scheduler_follows_the_recipe(schedule, prediction):
+    scheduler = build_scheduler(settings(train={"schedule": schedule, "prediction": prediction}).train)
     assert scheduler.config.num_train_timesteps == 100
-    assert scheduler.config.prediction_type == "epsilon"
+    assert scheduler.config.prediction_type == prediction
     assert scheduler.config.beta_schedule == schedule
     assert not scheduler.config.clip_sample
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from forgetrace.config import Train
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.sampling import sample
@@ -64,3 +65,26 @@ def test_ddim_closed_form_for_a_model_that_knows_the_noise():
     signal = np.sqrt(np.cumprod(1 - np.linspace(1e-4, 0.02, 10)))
     clean = initial * (1 - np.sqrt(1 - signal[9] ** 2)) / signal[9]
     torch.testing.assert_close(result, clean.float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear", "scaled_linear"])
+def test_sampling_forgives_a_models_error_unless_the_config_refuses_the_recipe(prediction, schedule):
+    """The best model of normal data with standard deviation 0.5, off by a tenth of its target's."""
+    betas = DDPMScheduler(beta_schedule=schedule, prediction_type=prediction, clip_sample=False)
+    errors = torch.Generator().manual_seed(4)
+
+    def unet(latents, timestep, captions, return_dict):
+        signal = betas.alphas_cumprod[timestep]
+        variance = 0.25 * signal + (1 - signal)
+        added, clean = (1 - signal).sqrt() * latents / variance, signal.sqrt() * 0.25 * latents / variance
+        target = added if prediction == "epsilon" else signal.sqrt() * added - (1 - signal).sqrt() * clean
+        return (target + 0.1 * torch.randn(latents.shape, generator=errors),)
+
+    spread = sample(unet, betas, noise(20), torch.zeros(20, 2, 3), torch.zeros(2, 3), 25, 1.0).std()
+    try:
+        Train(prediction=prediction, schedule=schedule)
+    except ValueError:
+        assert spread > 10
+    else:
+        assert 0.4 < spread < 0.55
