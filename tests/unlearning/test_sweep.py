@@ -32,6 +32,7 @@ def test_the_largest_step_within_the_share_is_found(best, start, share, power):
         return share * (alpha / best) ** power
 
     chosen = largest_within(rise, share, start)
+    assert len(set(asked)) == len(asked)
     assert rise(chosen) <= share * (1 + 1e-9)
     # Bisection stops within its resolution, rounding down takes at most a tenth.
     assert chosen >= best / RESOLUTION * (1 - 1 / 10) * (1 - 1e-9)
@@ -81,6 +82,7 @@ def test_the_sweep_tries_tuning_queries_only_and_keeps_the_bound(tiny, monkeypat
     assert (tried.groupby("query")["query_before"].nunique() == 1).all()
     assert tried["others_before"].nunique() == 1
     assert isinstance(tried, pd.DataFrame)
+    assert not tried.duplicated(["step_size", "query"]).any()
 
 
 def test_a_trial_is_what_the_stage_would_do(tiny, monkeypatch):

@@ -5,6 +5,7 @@ at most a stated share, on average over queries drawn from the tuning pool. It i
 of four and then bisected on log α.
 """
 
+import functools
 from collections.abc import Callable
 
 import pandas as pd
@@ -53,7 +54,7 @@ def sweep(layout: Layout, variant: str, queries: int, share: float, device: str 
 
 
 def largest_within(rise: Callable[[float], float], share: float, start: float) -> float:
-    """The largest α with ``rise(α) <= share``, for a rise that grows with α.
+    """The largest α with ``rise(α) <= share``, for a rise that grows with α; no α is asked for twice.
 
     Returns:
         α to two significant digits, rounded down.
@@ -61,6 +62,7 @@ def largest_within(rise: Callable[[float], float], share: float, start: float) -
     Raises:
         UserError: no α between 1e-12 and 1e3 brackets the share.
     """
+    rise = functools.cache(rise)
     low = high = start
     while rise(low) > share:
         high, low = low, low / FACTOR
