@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import platform
 from pathlib import Path
 
@@ -34,8 +35,17 @@ def pick_device(name: str = "auto") -> torch.device:
     else:
         # Scores are small differences: fp32 must be fp32, and a model must repeat itself.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return device
+
+
+def make_deterministic() -> None:
+    """Choose repeatable kernels for all else too, where a GPU has them; for trainings, whose differences grow.
+
+    A single-threaded CPU training is repeatable as it is.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def native_bf16(device: torch.device) -> bool:

@@ -9,7 +9,6 @@ weights as an uninterrupted one. ``accelerate`` places it on the device and, whe
 import contextlib
 import logging
 import math
-import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgetrace.artifacts import UserError, atomic, fingerprint, read_json, stage_versions, write_tensors
 from forgetrace.config import Train
-from forgetrace.diffusion.device import pick_device, resolve_precision
+from forgetrace.diffusion.device import make_deterministic, pick_device, resolve_precision
 from forgetrace.diffusion.draws import draw_step
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import build_scheduler, build_unet
@@ -107,7 +106,7 @@ def train(
             f"train.batch_size = {recipe.batch_size} cannot be split evenly between "
             f"{accelerator.num_processes} processes."
         )
-    _make_deterministic()
+    make_deterministic()
     loop = _Loop(layout, encoded, training, accelerator, precision)
     loop.resume(snapshots)
     with progress(total=recipe.steps, unit="step", what=f"train {training.name}", done=loop.step) as bar:
@@ -264,10 +263,3 @@ def snapshot_path(layout: Layout, training: str, step: int) -> Path:
 def discard_checkpoints(layout: Layout, training: str) -> None:
     """Remove a finished training's checkpoints; called once its outputs are in place."""
     shutil.rmtree(layout.checkpoints(training), ignore_errors=True)
-
-
-def _make_deterministic() -> None:
-    """Choose repeatable kernels on GPUs; a single-threaded CPU training is repeatable as it is."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
