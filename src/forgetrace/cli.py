@@ -71,7 +71,11 @@ def encode(config: ConfigPath) -> None:
 
 @app.command()
 def train(config: ConfigPath, device: Device = "auto") -> None:
-    """Train the attributed model θ0 (several GPUs: accelerate launch -m forgetrace.cli train …)."""
+    """Train the attributed model θ0.
+
+    On several GPUs: accelerate launch -m forgetrace.cli train …; in several processes on CPUs:
+    torchrun --nproc-per-node 2 -m forgetrace.cli train … --device cpu.
+    """
     layout = _experiment(config)
     from forgetrace.diffusion.base import train_base
 

@@ -271,7 +271,7 @@ def test_the_batch_must_divide_between_processes(tiny, monkeypatch):
 
 
 def test_two_processes_train_the_same_weights_and_one_of_them_writes(tiny):
-    """As ``accelerate launch --cpu --num_processes 2`` starts them; the halves of a batch are averaged."""
+    """As ``torchrun --nproc-per-node 2`` starts them; the halves of a batch are averaged."""
     import socket
 
     with socket.socket() as free:

@@ -3,7 +3,8 @@
 The loop is deterministic on one machine given (recipe, seed, removed images, threads). A checkpoint
 every few hundred steps holds everything the loop depends on, so a killed training ends with the same
 weights as an uninterrupted one. ``accelerate`` places it on the device and, when started with
-``accelerate launch``, on several: the batch of a step is drawn as one and split between processes.
+``accelerate launch`` or ``torchrun``, on several: the batch of a step is drawn as one and split between
+processes. On CPUs it must be ``torchrun``: ``accelerate launch --cpu`` starts one process, whatever it is told.
 """
 
 import contextlib
