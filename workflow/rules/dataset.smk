@@ -15,11 +15,12 @@ rule prepare:
     resources:
         mem_mb=1000,
         runtime=20,
-    params:
+        # Not under params, whose changes run the rule again: experiments share the data they agree on.
         config=CONFIG_FILE,
+    params:
         shaped_by=shaped_by("prepare", "prepare"),
     shell:
-        "forgetrace prepare --config {params.config:q} > {log:q} 2>&1"
+        "forgetrace prepare --config {resources.config:q} > {log:q} 2>&1"
 
 
 rule encode:
