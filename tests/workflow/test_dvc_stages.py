@@ -87,3 +87,12 @@ def test_no_data_or_weights_go_to_git(stage):
         (path, options), *_ = entry.items()
         assert options["persist"]
         assert (options.get("cache") is False) == any(covers(folder, path) for folder in small)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_committed_results_are_those_of_the_committed_config(stage):
+    locked = yaml.safe_load((ROOT / "dvc.lock").read_text(encoding="utf-8"))["stages"][stage]
+    for entry in STAGES[stage]["params"]:
+        (file, keys), *_ = entry.items()
+        content = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+        assert {key: content[key] for key in keys} == locked["params"][file]
