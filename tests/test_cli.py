@@ -111,6 +111,22 @@ def test_a_stage_runs_from_the_command_line(tiny, tmp_path):
     assert_one_sentence((done.returncode, done.stderr), "scan/unlearn/report-01.npz is missing")
 
 
+def test_tidy_finds_checkpoints_of_trainings_the_config_does_not_have(config, tmp_path):
+    folder = tmp_path / "results/tiny/checkpoints"
+    wanted = ["base/last.pt", "base/step-000004.safetensors", "scan/0123.npy", "seed-k0-draw0/last.pt"]
+    wanted += ["random-k10-draw1/last.pt", "unlearn-k10-report-01/last.pt", "unlearn-k10-mine/last.pt"]
+    orphans = ["pixel-k10-mine/last.pt", "random-k10-draw2/last.pt", "unlearn-k10-report-02/last.pt"]
+    orphans += ["unlearn-k99-mine/last.pt", "unlearn-k99-mine/step-000004.safetensors"]
+    for name in wanted + orphans:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    listed = CliRunner().invoke(cli.app, ["tidy", "--config", config]).output.splitlines()
+    assert listed == [f"results/tiny/checkpoints/{name}" for name in orphans]
+    assert all((folder / name).exists() for name in orphans)
+    assert CliRunner().invoke(cli.app, ["tidy", "--config", config, "--remove"]).output.splitlines() == listed
+    assert {path for path in folder.rglob("*") if path.is_file()} == {folder / name for name in wanted}
+
+
 def test_the_sweep_prints_the_chosen_step_size(config, monkeypatch):
     import pandas as pd
 

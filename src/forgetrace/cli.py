@@ -223,15 +223,15 @@ def tidy(
     config: ConfigPath,
     remove: Annotated[bool, typer.Option(help="Delete the files instead of listing them.")] = False,
 ) -> None:
-    """List results that the config no longer asks for, such as those of a removed query."""
+    """List results and checkpoints that the config no longer asks for, such as those of a removed query."""
     layout = _experiment(config)
     from forgetrace.figures.catalogue import names
 
     wanted = layout.files() | {layout.figure(name, kind) for name in names(layout) for kind in ("png", "pdf")}
-    unfinished = Path(layout.checkpoints(""))
+    unfinished = {Path(folder) for folder in layout.unfinished()}
     made = ("report.html", "rules.dot", "rules.svg")  # by make report and make dag
     for path in sorted(path for path in Path(layout.root).rglob("*") if path.is_file()):
-        if path.as_posix() not in wanted and path.name not in made and unfinished not in path.parents:
+        if path.as_posix() not in wanted and path.name not in made and unfinished.isdisjoint(path.parents):
             typer.echo(path)
             if remove:
                 path.unlink()

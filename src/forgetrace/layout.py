@@ -12,6 +12,11 @@ from forgetrace.config import RANDOM, SEED_SET, Config, load_config
 BASE = "base"  # θ0 where a model is named by (method, k, member)
 
 
+def training_name(method: str, k: int, member: str) -> str:
+    """The training of the model (method, k, member), for messages and its checkpoints."""
+    return BASE if method == BASE else f"{method}-k{k}-{member}"
+
+
 @dataclass(frozen=True)
 class Layout:
     """Files of one experiment.
@@ -29,9 +34,15 @@ class Layout:
         """Folder of all results of the experiment."""
         return f"results/{self.name}"
 
-    def checkpoints(self, training: str) -> str:
-        """Folder of an unfinished training; outside every stage's outputs, removed at the end."""
-        return f"{self.root}/checkpoints/{training}"
+    def checkpoints(self, work: str) -> str:
+        """Folder of an unfinished training or scan; outside every stage's outputs, emptied at the end."""
+        return f"{self.root}/checkpoints/{work}"
+
+    def unfinished(self) -> set[str]:
+        """Every folder in which the current config's trainings and scans may have left checkpoints."""
+        own = (model for query in self.config.queries() for model in self.measured_models(query))
+        models = {*self.shared_models(), *own}
+        return {self.checkpoints(name) for name in ("scan", *(training_name(*model) for model in models))}
 
     # prepare: shared by all experiments with the same settings of it
 

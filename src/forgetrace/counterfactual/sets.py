@@ -6,7 +6,7 @@ from forgetrace.artifacts import UserError, read_table
 from forgetrace.config import RANDOM, SEED_SET
 from forgetrace.diffusion.training import Training
 from forgetrace.encoding.store import Encoded
-from forgetrace.layout import Layout
+from forgetrace.layout import Layout, training_name
 from forgetrace.randomness import generator
 
 
@@ -23,7 +23,7 @@ def training_of(layout: Layout, encoded: Encoded, method: str, k: int, member: s
     Raises:
         UserError: k leaves nothing to train on, or the ranking does not fit the data.
     """
-    name, seed = f"{method}-k{k}-{member}", layout.config.seed
+    name, seed = training_name(method, k, member), layout.config.seed
     removed = np.zeros(len(encoded), dtype=bool)
     if method == SEED_SET:
         # Seeds of retrainings are derived, so that no draw repeats θ0's.
