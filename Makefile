@@ -23,8 +23,11 @@ help: ## this list
 	@echo "EXPERIMENT=name selects config/<name>.yaml; now: $(EXPERIMENT)"
 
 # Compared by content and place, not by date: a virtual environment does not survive being moved.
+# A second make waits until the first has installed, instead of emptying .venv under it; where the file system
+# has no locks it cannot wait.
 environment: ## .venv with the exact versions of requirements.lock
-	@wanted="$$(cat requirements.lock pyproject.toml | sha256sum) $$PWD"; \
+	@exec 9< .; '$(PYTHON)' -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2> /dev/null; \
+	wanted="$$(cat requirements.lock pyproject.toml | sha256sum) $$PWD"; \
 	if [ "$$(cat $(INSTALLED) 2>/dev/null)" != "$$wanted" ]; then \
 	  '$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11) and "forgetrace needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")' \
 	  && '$(PYTHON)' -m venv --clear .venv \
