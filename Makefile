@@ -40,8 +40,7 @@ experiment:
 	@test -f '$(CONFIG)' || { echo "There is no $(CONFIG): EXPERIMENT is one of" $(basename $(notdir $(wildcard config/*.yaml))) >&2; exit 1; }
 
 reproduce: environment experiment ## the whole experiment, or what is still missing of it
-	@python workflow/scripts/clear_stale_lock.py --configfile $(CONFIG)
-	$(SNAKEMAKE) --cores all all
+	python workflow/scripts/start_run.py $(CONFIG) all
 
 test: environment ## all tests
 	python -m pytest $(PYTEST)
@@ -57,8 +56,7 @@ pull: CONFIG := config/digits.yaml
 pull: environment ## data and results of the default experiment from the DVC remote
 	dvc pull
 	@dvc status --quiet || { echo "What was pulled is not what dvc.lock describes (see dvc status): nothing was marked as up to date." >&2; exit 1; }
-	@python workflow/scripts/clear_stale_lock.py --configfile $(CONFIG)
-	$(SNAKEMAKE) --cores 1 --quiet all --touch --forceall all
+	python workflow/scripts/start_run.py $(CONFIG) --cores 1 --quiet all --touch --forceall all
 
 dag: environment experiment ## the rules and their order, as a graph (SVG where Graphviz is installed)
 	@mkdir -p results/$(EXPERIMENT)

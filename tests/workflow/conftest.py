@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,14 @@ PARTS = (
     ".dvc/config", ".dvcignore", ".gitignore", "Makefile", "Snakefile", "config", "dvc.yaml", "profiles",
     "requirements.lock", "pyproject.toml", "src", "workflow",
 )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
+    """Return as soon as the condition holds; fail where it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"nothing happened for {seconds} seconds"
+        time.sleep(0.02)
 
 
 class Checkout:
@@ -47,7 +57,7 @@ class Checkout:
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def start(self, *command: str) -> subprocess.Popen:
+    def start(self, *command: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
         """Start a command in a process group of its own, to be killed with everything it started."""
         return subprocess.Popen(
             command,
@@ -55,7 +65,8 @@ class Checkout:
             env=self.environment,
             start_new_session=True,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=stderr,
+            text=True,
         )
 
     def planned(self, *arguments: str) -> dict[str, int]:

@@ -23,6 +23,6 @@ def test_two_makes_at_once_install_once(tmp_path):
     python.chmod(0o755)
     command = ["make", "environment", f"PYTHON={python}"]
     makes = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [make.communicate(timeout=60)[1] for make in makes]
+    said = [make.communicate(timeout=300)[1] for make in makes]
     assert [make.returncode for make in makes] == [0, 0], said
     assert (tmp_path / "installed.txt").read_text() == "once\n"

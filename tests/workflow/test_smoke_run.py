@@ -7,11 +7,14 @@ tests share that one run; those that change something plan it only, or work in a
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
+from base64 import urlsafe_b64decode
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -20,11 +23,12 @@ import yaml
 
 from forgetrace.layout import Layout, load_layout
 
-from .conftest import Checkout
+from .conftest import Checkout, wait_for
 from .test_dvc_stages import STAGE_OF, STAGES
 
 pytestmark = pytest.mark.slow
 
+REPRODUCE = ("make", "-o", "environment", "reproduce")  # in the environment of the tests instead of one of its own
 AFTER_UNLEARN = {
     "unlearn", "scan", "score", "figure_attribution", "retrain", "evaluate", "figure_counterfactual",
     "figure_delta",
@@ -67,10 +71,10 @@ def edited(checkout: Checkout, path: str, old: str, new: str):
         file.write_bytes(before)
 
 
-def score_tables(checkout: Checkout) -> dict[str, pd.DataFrame]:
-    layout = layout_of(checkout)
-    paths = [layout.score(m, q) for m in layout.config.score.methods for q in layout.config.queries()]
-    return {path: pd.read_parquet(checkout.folder / path) for path in paths}
+def copy_of(checkout: Checkout, folder: Path) -> Checkout:
+    """A second checkout in the same state."""
+    shutil.copytree(checkout.folder, folder / "a copy")
+    return Checkout(folder / "a copy")
 
 
 def test_everything_is_there_and_nothing_is_left_to_do(smoke):
@@ -151,29 +155,170 @@ def test_how_a_stage_computes_reruns_nothing(smoke):
         assert smoke.planned() == {}
 
 
-def test_a_killed_run_resumes_to_equal_scores(smoke, tmp_path):
-    again = Checkout(tmp_path / "killed")
-    shutil.copytree(smoke.folder, again.folder)
-    again.environment["PYTHONPATH"] = str(again.folder / "src")
-    for stage in ("train", "synthesize", "fit", "unlearn", "scan", "score"):
-        shutil.rmtree(again.folder / "results/digits" / stage)
-    seconds = random.uniform(5, 40)
-    run = again.start("snakemake", "--cores", "2", "all_score")
+@dataclass
+class Story:
+    """What an experiment went through, and what was seen on the way.
+
+    Attributes:
+        checkout: where it happened; complete in the end.
+        finished: files that were finished at a kill, with their time of modification in ns.
+        logs: what the killed trainings said when they ran again.
+        first, second: exit status and standard error of two runs started at once in the end.
+    """
+
+    checkout: Checkout
+    finished: dict[Path, int]
+    logs: list[str]
+    first: tuple[int, str]
+    second: tuple[int, str]
+
+
+@pytest.fixture(scope="module")
+def story(smoke, tmp_path_factory) -> Story:
+    """Killed in the training, killed in a retraining, then started twice at once; by ``make reproduce``."""
+    checkout = copy_of(smoke, tmp_path_factory.mktemp("killed"))
+    shrink(checkout)
+    layout = layout_of(checkout)
+    # Data, encoded images and shared retrainings stay: they are finished from the start.
+    for stage in ("train", "synthesize", "fit", "unlearn", "scan", "score", "retrain/measures", "evaluate", "figures"):
+        shutil.rmtree(checkout.folder / layout.root / stage)
+    finished = kill_during(checkout, "base")
+    finished |= kill_during(checkout, "unlearn-k20-report-00")
+    runs = [checkout.start(*REPRODUCE, stderr=subprocess.PIPE) for _ in range(2)]
+    ended = [(run.communicate()[1], run.returncode)[::-1] for run in runs]
+    logs = [checkout.folder / "logs/digits" / name for name in ("train/train.log", "retrain/unlearn/k20/report-00.log")]
+    return Story(checkout, finished, [log.read_text(encoding="utf-8") for log in logs], *sorted(ended))
+
+
+def shrink(checkout: Checkout) -> None:
+    """Reduce the experiment to one query and one method; what is left has the same results."""
+    path = checkout.folder / "config/digits.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["synthesize"]["queries"][0]["count"] = 1
+    config["retrain"]["methods"] = ["unlearn"]
+    for methods in (config["unlearn"], config["score"]["methods"]):
+        for name in set(methods) - {"unlearn"}:
+            del methods[name]
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
+def kill_during(checkout: Checkout, training: str) -> dict[Path, int]:
+    """Kill a run at a random moment after the training's first checkpoint; the files that were finished by then."""
+    checkpoint = checkout.folder / layout_of(checkout).checkpoints(training) / "last.pt"
+    run = checkout.start(*REPRODUCE)
     try:
-        run.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        # The whole group, as when the machine dies: jobs do not outlive their Snakemake.
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
-    time.sleep(1)
-    finished = {path: path.stat().st_mtime_ns for path in (again.folder / "results/digits/scan").rglob("*.npz")}
-    again("python", "workflow/scripts/clear_stale_lock.py")
-    again("snakemake", "--cores", "2", "all_score")
-    for path, modified in finished.items():
-        assert path.stat().st_mtime_ns == modified, f"{path} was finished and made again"
-    expected, resumed = score_tables(smoke), score_tables(again)
-    for path, table in expected.items():
-        pd.testing.assert_frame_equal(table, resumed[path], obj=f"{path} after a kill at {seconds:.1f} s")
+        wait_for(lambda: checkpoint.exists() or run.poll() is not None)
+        time.sleep(random.uniform(0, 0.3))
+    finally:
+        if run.poll() is None:
+            # The whole group, as when the machine dies: jobs do not outlive their Snakemake.
+            os.killpg(run.pid, signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, "it ended by itself"
+    time.sleep(1)  # the rest of the group goes one by one
+    # Snakemake names the outputs of running jobs by a file each.
+    running = [urlsafe_b64decode(path.name).decode() for path in (checkout.folder / ".snakemake/incomplete").iterdir()]
+    assert any(path.startswith(("results/digits/train", "results/digits/retrain")) for path in running)
+    files = {path for folder in ("data", "results") for path in (checkout.folder / folder).rglob("*") if path.is_file()}
+    files -= {checkout.folder / path for path in running}
+    return {
+        path: path.stat().st_mtime_ns for path in files if "checkpoints" not in path.parts and path.suffix != ".partial"
+    }
+
+
+def test_a_killed_run_ends_with_the_same_scores_and_measures(smoke, story):
+    layout = layout_of(story.checkout)
+    score = layout.score("unlearn", "report-00")
+    pd.testing.assert_frame_equal(*(pd.read_parquet(checkout.folder / score) for checkout in (smoke, story.checkout)))
+    models = layout.measured_models("report-00")
+    assert len(models) == 5
+    for path in (path for model in models for path in layout.measure(*model, "report-00").values()):
+        assert (smoke.folder / path).read_bytes() == (story.checkout.folder / path).read_bytes(), path
+
+
+def test_a_killed_run_does_nothing_again_that_was_finished(story):
+    layout, names = layout_of(story.checkout), {str(path) for path in story.finished}
+    for path in (layout.latents, layout.weights, layout.base_scan, layout.score("unlearn", "report-00")):
+        assert str(story.checkout.folder / path) in names
+    again = [path for path, modified in story.finished.items() if path.stat().st_mtime_ns != modified]
+    assert again == []
+    assert all("Resuming the training" in log for log in story.logs)
+
+
+def test_of_two_runs_at_once_one_ends_well_and_the_other_refuses(story):
+    (status, said), (refused, sentence) = story.first, story.second
+    assert status == 0, said
+    assert "A killed run left its lock: removing it" in said
+    assert refused != 0
+    sentence, makes = sentence.splitlines()
+    assert re.fullmatch(r"Another run is alive in this folder \(process \d+\): wait for it, or end it .*", sentence)
+    assert makes.startswith("make: ***")
+    assert list((story.checkout.folder / ".snakemake").glob("locks/*")) == []
+    assert story.checkout.planned() == {}
+
+
+def ordinary(*command: str) -> tuple[str, ...]:
+    """The command as run by someone whom the modes of files bind.
+
+    Root without the capabilities that override them: another user could not read an interpreter in /root.
+    """
+    if os.geteuid() != 0:
+        return command
+    if not shutil.which("setpriv"):
+        pytest.skip("root, and no setpriv to become an ordinary user")
+    return "setpriv", "--bounding-set=-dac_override,-dac_read_search", *command
+
+
+@contextmanager
+def read_only(folder: Path):
+    """A folder in which nothing can be made or removed, for the length of a block."""
+    folder.chmod(0o555)
+    try:
+        yield
+    finally:
+        folder.chmod(0o755)
+
+
+def contents(checkout: Checkout) -> dict[Path, bytes]:
+    """Every file of data and results."""
+    files = (path for name in ("data", "results") for path in (checkout.folder / name).rglob("*"))
+    return {path: path.read_bytes() for path in files if path.is_file()}
+
+
+def test_read_only_results_are_named_before_any_job(checkout):
+    results = checkout.folder / "results"
+    results.mkdir()
+    with read_only(results):
+        refused = checkout(*ordinary(*REPRODUCE), check=False)
+    assert refused.returncode != 0
+    sentence, makes = refused.stderr.splitlines()
+    assert sentence == (
+        f"No permission to write to {results}: check its owner and mode "
+        "(`sudo chown -R $USER .` after a run as root), then run again."
+    )
+    assert makes.startswith("make: ***")
+    assert not (checkout.folder / "data").exists()
+    results.rmdir()
+
+
+def test_a_read_only_stage_is_one_sentence_and_nothing_is_damaged(smoke, tmp_path):
+    checkout = copy_of(smoke, tmp_path)
+    layout = layout_of(checkout)
+    figures = checkout.folder / layout.root / "figures"
+    for suffix in ("png", "pdf"):
+        (checkout.folder / layout.figure("training", suffix)).unlink()
+    before = contents(checkout)
+    with read_only(figures):
+        refused = checkout(*ordinary(*REPRODUCE), check=False)
+    assert refused.returncode != 0
+    assert "Traceback" not in refused.stderr
+    said = [line for line in refused.stderr.splitlines() if line.startswith("forgetrace: ")]
+    assert said == [
+        f"forgetrace: Cannot write {layout.figure('training')}: no permission to write there; "
+        "check the folder's owner and mode, then run again."
+    ]
+    assert contents(checkout) == before
+    checkout(*ordinary(*REPRODUCE))
+    assert contents(checkout).keys() - before.keys() == {figures / "training.png", figures / "training.pdf"}
 
 
 @pytest.fixture(scope="session")
@@ -190,7 +335,7 @@ def clone(smoke, tmp_path_factory) -> Checkout:
 
 
 def pull(checkout: Checkout, check: bool = True) -> subprocess.CompletedProcess:
-    """``make pull`` in the environment of the tests instead of one of its own."""
+    """``make pull`` in the environment of the tests."""
     return checkout("make", "-o", "environment", "pull", check=check)
 
 
