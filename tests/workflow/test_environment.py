@@ -10,7 +10,7 @@ INTERPRETER = """#!/bin/sh
 case "$*" in
   *"venv --clear .venv") echo once >> installed.txt; sleep 1; mkdir -p .venv/bin; ln -sf "$0" .venv/bin/python;;
   *"pip install"*) ;;
-  *) exec {python} "$@";;
+  *) exec "{python}" "$@";;
 esac
 """
 
