@@ -142,7 +142,7 @@ def test_a_query_adds_only_its_own_jobs(smoke):
 
 def test_another_experiment_finds_the_data_prepared(smoke):
     shutil.copy(smoke.folder / "config/digits.yaml", smoke.folder / "config/other.yaml")
-    assert smoke.planned("--configfile", "config/other.yaml", "all_encode").keys() == {"encode", "all_encode"}
+    assert smoke.planned("all_encode", "--configfile", "config/other.yaml").keys() == {"encode", "all_encode"}
     (smoke.folder / "config/other.yaml").unlink()
 
 
