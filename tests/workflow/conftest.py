@@ -32,7 +32,8 @@ class Checkout:
     def __init__(self, folder: Path):
         self.folder = folder
         self.environment = {
-            **os.environ,
+            # A make started by these tests knows nothing of the `make test` around them.
+            **{key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(folder / "src"),
             "PYTHONDONTWRITEBYTECODE": "1",
