@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from forgetrace.artifacts import read_arrays, read_json, write_array
 from forgetrace.attribution import scan as module
 from forgetrace.attribution.scan import scan, scan_losses, scan_noise
+from forgetrace.diffusion.inference import for_inference
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.noise import NoiseBank
@@ -22,6 +24,10 @@ TIMESTEPS = 4
 SOME = [0, 7, 13, 22, 39]
 
 
+def fast_unet(layout: Layout) -> UNet2DConditionModel:
+    return for_inference(load_unet(layout, torch.device("cpu")))
+
+
 def scanned(
     layout: Layout, batch_size: int = 64, shards: int = 1, threads: int = 1, noise: str = "shared"
 ) -> np.ndarray:
@@ -31,7 +37,7 @@ def scanned(
     torch.set_num_threads(threads)
     for shard in np.array_split(np.arange(len(encoded)), shards):
         bank = scan_noise(layout, encoded, scheduler)
-        scan_losses(load_unet(layout, torch.device("cpu")), scheduler, encoded, bank, losses, batch_size, shard)
+        scan_losses(fast_unet(layout), scheduler, encoded, bank, losses, batch_size, shard)
     return losses
 
 
@@ -89,23 +95,14 @@ def test_unlearned_weights_are_scanned_with_the_same_noise(tiny):
     np.testing.assert_array_equal(read_arrays(tiny.scan("unlearn", "report-00"))["losses"], before["losses"])
 
 
-def test_an_images_noise_does_not_depend_on_the_other_images(tiny):
-    encoded = load_encoded(tiny)
-    bank = NoiseBank(5, "scan", np.array([0, 25, 50, 75]), (12, 8, 8), shared=False)
-    whole = module._own_noise(bank, encoded, np.arange(IMAGES)).reshape(IMAGES, TIMESTEPS, 12, 8, 8)
-    some = module._own_noise(bank, encoded, np.array([30, 2])).reshape(2, TIMESTEPS, 12, 8, 8)
-    np.testing.assert_array_equal(some, whole[[30, 2]])
-    assert len(np.unique(whole.reshape(IMAGES * TIMESTEPS, -1), axis=0)) == IMAGES * TIMESTEPS
-
-
 def test_one_noise_per_timestep_serves_all_images(tiny, monkeypatch):
     seen = []
 
-    def spy(unet, scheduler, latents, captions, timesteps, noise, batch):
-        seen.append(noise.reshape(-1, TIMESTEPS, 12, 8, 8))
-        return np.zeros(len(timesteps))
+    def spy(unet, scheduler, latents, captions, timesteps, noise):
+        seen.append(noise.reshape(-1, TIMESTEPS, 12, 8, 8).numpy())
+        return torch.zeros(len(timesteps))
 
-    monkeypatch.setattr(module, "batched_losses", spy)
+    monkeypatch.setattr(module, "example_losses", spy)
     scanned(tiny)
     noise = np.concatenate(seen)
     assert len(noise) == IMAGES
@@ -115,7 +112,7 @@ def test_one_noise_per_timestep_serves_all_images(tiny, monkeypatch):
 
 def interrupt_after(monkeypatch, blocks: int, how) -> list[int]:
     """Let some blocks pass, then interrupt; the returned list fills with the images of each block."""
-    losses, sizes = module.batched_losses, []
+    losses, sizes = module.example_losses, []
 
     def interrupted(unet, scheduler, latents, *rest):
         if len(sizes) == blocks:
@@ -123,7 +120,7 @@ def interrupt_after(monkeypatch, blocks: int, how) -> list[int]:
         sizes.append(len(latents) // TIMESTEPS)
         return losses(unet, scheduler, latents, *rest)
 
-    monkeypatch.setattr(module, "batched_losses", interrupted)
+    monkeypatch.setattr(module, "example_losses", interrupted)
     return sizes
 
 
@@ -161,8 +158,7 @@ def test_only_rows_with_a_gap_are_scanned_again(tiny, monkeypatch):
     finished = losses.copy()
     losses[[3, 17]], losses[29, 2] = np.nan, np.nan
     sizes = interrupt_after(monkeypatch, -1, None)
-    unet = load_unet(tiny, torch.device("cpu"))
-    scan_losses(unet, scheduler, encoded, scan_noise(tiny, encoded, scheduler), losses, 64)
+    scan_losses(fast_unet(tiny), scheduler, encoded, scan_noise(tiny, encoded, scheduler), losses, 64)
     assert sizes == [3]
     np.testing.assert_allclose(losses, finished, rtol=1e-6)
 

@@ -21,7 +21,8 @@ from forgetrace.artifacts import (
     write_arrays,
 )
 from forgetrace.diffusion.device import pick_device
-from forgetrace.diffusion.loss import batched_losses
+from forgetrace.diffusion.inference import for_inference
+from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.noise import NoiseBank, spaced_timesteps
 from forgetrace.encoding.store import Encoded, load_encoded
@@ -38,7 +39,7 @@ def scan(layout: Layout, variant: str | None = None, query: str | None = None, d
     encoded, scheduler = load_encoded(layout), load_scheduler(layout)
     weights = layout.unlearned(variant, query)["weights"] if variant and query else layout.weights
     output = layout.scan(variant, query) if variant and query else layout.base_scan
-    unet = load_unet(layout, pick_device(device), changed=weights)
+    unet = for_inference(load_unet(layout, pick_device(device), changed=weights))
     bank = scan_noise(layout, encoded, scheduler)
     made_by = provenance(layout.config.digest_of("seed", "scan"), {"base": layout.weights, "weights": weights})
     key = fingerprint([made_by, sha256_of(layout.latents), stage_versions("scan")])
@@ -57,6 +58,7 @@ def scan_noise(layout: Layout, encoded: Encoded, scheduler: DDPMScheduler) -> No
     return NoiseBank(layout.config.seed, "scan", timesteps, shape, shared=settings.noise == "shared")
 
 
+@torch.no_grad()
 def scan_losses(
     unet: UNet2DConditionModel,
     scheduler: DDPMScheduler,
@@ -69,7 +71,7 @@ def scan_losses(
     """Fill in the losses of images that are not there yet.
 
     Args:
-        unet: the model.
+        unet: the model, as :func:`for_inference` returns it.
         scheduler: its schedule.
         encoded: D.
         bank: T timesteps with their noise.
@@ -79,31 +81,41 @@ def scan_losses(
     """
     rows = np.arange(len(encoded)) if rows is None else rows
     missing = rows[np.isnan(losses[rows]).any(axis=1)]
-    draws = len(bank.timesteps)
-    shared = bank.draws() if bank.shared else None
-    block = max(1, batch_size // draws)
+    # Images outermost: a batch then holds few captions, each projected to keys and values once.
+    draws = min(len(bank.timesteps), batch_size)
+    block = batch_size // draws
     with progress(total=len(rows), unit="image", what="scan", done=len(rows) - len(missing)) as bar:
         for start in range(0, len(missing), block):
             part = missing[start : start + block]
-            noise = np.tile(shared, (len(part), 1, 1, 1)) if bank.shared else _own_noise(bank, encoded, part)
-            captions = encoded.captions[encoded.caption_rows[torch.from_numpy(part)]]
-            values = batched_losses(
-                unet,
-                scheduler,
-                encoded.batch(part).repeat_interleave(draws, dim=0),
-                captions.repeat_interleave(draws, dim=0),
-                np.tile(bank.timesteps, len(part)),
-                noise,
-                batch_size,
-            )
-            losses[part] = values.reshape(len(part), draws)
+            values = [
+                _losses(unet, scheduler, encoded, bank, part, range(first, min(first + draws, len(bank.timesteps))))
+                for first in range(0, len(bank.timesteps), draws)
+            ]
+            losses[part] = np.concatenate(values, axis=1)
             bar.update(len(part))
 
 
-def _own_noise(bank: NoiseBank, encoded: Encoded, rows: np.ndarray) -> np.ndarray:
-    """Noise of each (image, timestep), images outermost."""
-    draws = range(len(bank.timesteps))
-    return np.stack([bank.noise(encoded.image_ids[row], draw) for row in rows for draw in draws])
+def _losses(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    encoded: Encoded,
+    bank: NoiseBank,
+    rows: np.ndarray,
+    draws: range,
+) -> np.ndarray:
+    """Losses (images, draws) of one batch."""
+    device = next(unet.parameters()).device
+    noise = bank.of([encoded.image_ids[row] for row in rows], draws)
+    captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
+    values = example_losses(
+        unet,
+        scheduler,
+        encoded.batch(rows).to(device).repeat_interleave(len(draws), dim=0),
+        captions.to(device),
+        torch.from_numpy(np.tile(bank.timesteps[draws], len(rows))).to(device),
+        torch.from_numpy(noise).to(device),
+    )
+    return values.reshape(len(rows), len(draws)).cpu().numpy()
 
 
 def _resumable(path: Path, shape: tuple[int, int]) -> np.ndarray:

@@ -5,6 +5,7 @@ two runs cannot be compared. A bank gives (t, ε) for (image id, draw index); dr
 counter-based generator on the CPU and moved where they are needed.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,16 @@ class NoiseBank:
     def draws(self) -> np.ndarray:
         """The shared noises of all draws; (T, C, H, W), float32."""
         return np.stack([self.noise("", draw) for draw in range(len(self.timesteps))])
+
+    def of(self, image_ids: list[str], draws: range) -> np.ndarray:
+        """Noise of some draws for each image, images outermost; (images · draws, C, H, W), float32."""
+        if self.shared:
+            return np.tile(self._shared[draws.start : draws.stop], (len(image_ids), 1, 1, 1))
+        return np.stack([self.noise(image_id, draw) for image_id in image_ids for draw in draws])
+
+    @functools.cached_property
+    def _shared(self) -> np.ndarray:
+        return self.draws()
 
 
 def spaced_timesteps(count: int, length: int) -> np.ndarray:
