@@ -157,10 +157,30 @@ class Variant(Section):
     damping: float = Field(0.1, ge=0, description="λ of each layer as a multiple of its mean Fisher entry.")
 
 
+class Narrowing(Section):
+    """A scan with few draws for most images and many for those whose place in the ranking is in doubt."""
+
+    first: Positive = Field(6, description="Draws of (t, ε) every image gets.")
+    mean: float = Field(12, gt=0, description="Draws per image on average, when the scan of a query ends.")
+    most: Positive = Field(100, description="Draws an image gets at most; θ0 is scanned with all of them.")
+    tops: list[Positive] = Field(
+        [20, 200], min_length=1, description="The ranks at which it matters who stands above; every K of retrain."
+    )
+
+    @model_validator(mode="after")
+    def _grows(self):
+        if not self.first <= self.mean <= self.most:
+            raise ValueError("first, mean and most must not fall")
+        return self
+
+
 class Scan(Section):
     """Loss per training image and timestep."""
 
-    timesteps: Positive = Field(20, description="Evenly spaced timesteps, from 0.")
+    timesteps: Positive = Field(20, description="Evenly spaced timesteps, from 0; unused with narrowing.")
+    narrowing: Narrowing | None = Field(
+        None, description="Many draws for the leading images, few for the rest; without it all have the same."
+    )
     noise: Literal["shared", "per-image"] = Field(
         "shared", description="One noise per timestep for all images, or one per image and timestep."
     )
@@ -243,6 +263,9 @@ class Config(Section):
         ):
             if count > self.train.timesteps:
                 raise ValueError(f"{key}: {count} is more than train.timesteps = {self.train.timesteps}")
+        narrowing = self.scan.narrowing
+        if narrowing and (missing := [k for k in self.retrain.k if k not in narrowing.tops]):
+            raise ValueError(f"scan.narrowing.tops: {missing[0]} of retrain.k is not among them")
         names = self.queries()
         if len(set(names)) != len(names):
             raise ValueError("synthesize.queries: two queries have the same name")

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgetrace.diffusion.noise import NoiseBank, monte_carlo, spaced_timesteps
+from forgetrace.diffusion.noise import NoiseBank, even_timesteps, monte_carlo, spaced_timesteps
 
 SHAPE = (3, 4, 4)
 
@@ -73,3 +73,29 @@ def test_rounds_are_shuffled_afresh_and_noises_differ():
     assert timesteps[:30].tolist() != timesteps[30:].tolist()
     assert len(np.unique(noise, axis=0)) == 60
     assert noise.dtype == np.float32
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(1, 200), length=st.integers(1, 2000))
+@settings(max_examples=100, deadline=None)
+def test_every_prefix_of_even_timesteps_is_spread_evenly(seed, count, length):
+    timesteps = even_timesteps(seed, "p", count, length)
+    assert ((timesteps >= 0) & (timesteps < length)).all()
+    np.testing.assert_array_equal(timesteps, even_timesteps(seed, "p", count + 7, length)[:count])
+    # No half of the schedule gets more than its share by more than two draws.
+    assert abs((timesteps < length / 2).sum() - count / 2) <= 2 + count / length
+
+
+def test_even_timesteps_are_uniform_over_seeds():
+    first, tenth = (np.array([even_timesteps(seed, "p", 10, 1000)[draw] for seed in range(400)]) for draw in (0, 9))
+    for timesteps in (first, tenth):
+        assert abs(timesteps.mean() - 500) < 4 * 289 / 20
+        assert timesteps.min() < 50
+        assert timesteps.max() > 950
+
+
+def test_noises_of_several_images_are_those_of_each():
+    for shared in (True, False):
+        some = bank(shared).of(["a", "b"], np.array([[1, 2], [3, 0]]))
+        pairs = [("a", 1), ("a", 2), ("b", 3), ("b", 0)]
+        expected = np.stack([bank(shared).noise(*pair) for pair in pairs])
+        np.testing.assert_array_equal(some, expected)

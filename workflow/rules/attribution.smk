@@ -104,6 +104,7 @@ rule scan:
         MODEL,
         ENCODED,
         layout.unlearned("{variant}", "{query}")["weights"],
+        [layout.base_scan] if layout.config.scan.narrowing else [],
     output:
         layout.scan("{variant}", "{query}"),
     log:

@@ -1,9 +1,11 @@
 """The ``scan`` stage: the loss of every training image at every scan timestep.
 
-Two scans are compared image by image, so both use the same (t, ε). Results go to a memory-mapped
+Two scans are compared image by image, so both use the same (t, ε). The scan of a query may be narrowed to
+the images that matter (:mod:`forgetrace.attribution.narrowing`), that of θ0 never is. Results go to a memory-mapped
 file beside the outputs as they come; a killed scan continues with the images that are missing.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +17,18 @@ from forgetrace.artifacts import (
     fingerprint,
     provenance,
     read_array,
+    read_arrays,
     sha256_of,
     stage_versions,
     write_array,
     write_arrays,
 )
+from forgetrace.attribution.narrowing import narrow
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.inference import for_inference
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
-from forgetrace.diffusion.noise import NoiseBank, spaced_timesteps
+from forgetrace.diffusion.noise import NoiseBank, even_timesteps, spaced_timesteps
 from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import Layout
 from forgetrace.progress import progress
@@ -36,26 +40,36 @@ def scan(layout: Layout, variant: str | None = None, query: str | None = None, d
     Raises:
         UserError: weights or data are missing, damaged or do not fit.
     """
+    settings = layout.config.scan
     encoded, scheduler = load_encoded(layout), load_scheduler(layout)
-    weights = layout.unlearned(variant, query)["weights"] if variant and query else layout.weights
-    output = layout.scan(variant, query) if variant and query else layout.base_scan
+    of_query = variant is not None and query is not None
+    weights = layout.unlearned(variant, query)["weights"] if of_query else layout.weights
+    output = layout.scan(variant, query) if of_query else layout.base_scan
+    narrowed = of_query and settings.narrowing is not None
     unet = for_inference(load_unet(layout, pick_device(device), changed=weights))
     bank = scan_noise(layout, encoded, scheduler)
-    made_by = provenance(layout.config.digest_of("seed", "scan"), {"base": layout.weights, "weights": weights})
+    read = {"base": layout.weights, "weights": weights} | ({"before": layout.base_scan} if narrowed else {})
+    made_by = provenance(layout.config.digest_of("seed", "scan"), read)
     key = fingerprint([made_by, sha256_of(layout.latents), stage_versions("scan")])
     partial = Path(layout.checkpoints("scan")) / f"{key}.npy"
     losses = _resumable(partial, (len(encoded), len(bank.timesteps)))
-    scan_losses(unet, scheduler, encoded, bank, losses, layout.config.scan.batch_size)
+    evaluate = functools.partial(scan_losses, unet, scheduler, encoded, bank, losses, settings.batch_size)
+    if narrowed:
+        narrow(settings.narrowing, read_arrays(layout.base_scan)["losses"], losses, evaluate)
+    else:
+        evaluate()
     write_arrays(output, {"losses": np.array(losses), "timesteps": bank.timesteps}, made_by)
     partial.unlink()
 
 
 def scan_noise(layout: Layout, encoded: Encoded, scheduler: DDPMScheduler) -> NoiseBank:
     """The noise all scans of an experiment share."""
-    settings = layout.config.scan
-    timesteps = spaced_timesteps(settings.timesteps, scheduler.config.num_train_timesteps)
-    shape = tuple(encoded.latents.shape[1:])
-    return NoiseBank(layout.config.seed, "scan", timesteps, shape, shared=settings.noise == "shared")
+    seed, settings, length = layout.config.seed, layout.config.scan, scheduler.config.num_train_timesteps
+    if settings.narrowing:
+        timesteps = even_timesteps(seed, "scan", settings.narrowing.most, length)
+    else:
+        timesteps = spaced_timesteps(settings.timesteps, length)
+    return NoiseBank(seed, "scan", timesteps, tuple(encoded.latents.shape[1:]), shared=settings.noise == "shared")
 
 
 @torch.no_grad()
@@ -67,8 +81,9 @@ def scan_losses(
     losses: np.ndarray,
     batch_size: int,
     rows: np.ndarray | None = None,
+    draws: np.ndarray | None = None,
 ) -> None:
-    """Fill in the losses of images that are not there yet.
+    """Fill in losses that are not there yet.
 
     Args:
         unet: the model, as :func:`for_inference` returns it.
@@ -77,21 +92,23 @@ def scan_losses(
         bank: T timesteps with their noise.
         losses: (N, T), float32, NaN where missing; filled in place.
         batch_size: UNet evaluations at once; does not change the result beyond rounding.
-        rows: the images to scan, a shard of D; by default all.
+        rows: the images to scan, (n,), such as a shard of D; by default all.
+        draws: the draws of each, (n, w); by default all.
     """
     rows = np.arange(len(encoded)) if rows is None else rows
-    missing = rows[np.isnan(losses[rows]).any(axis=1)]
+    draws = (
+        np.broadcast_to(np.arange(len(bank.timesteps)), (len(rows), len(bank.timesteps))) if draws is None else draws
+    )
+    missing = np.flatnonzero(np.isnan(losses[rows[:, None], draws]).any(axis=1))
     # Images outermost: a batch then holds few captions, each projected to keys and values once.
-    draws = min(len(bank.timesteps), batch_size)
-    block = batch_size // draws
+    width = min(draws.shape[1], batch_size)
+    block = batch_size // width
     with progress(total=len(rows), unit="image", what="scan", done=len(rows) - len(missing)) as bar:
         for start in range(0, len(missing), block):
             part = missing[start : start + block]
-            values = [
-                _losses(unet, scheduler, encoded, bank, part, range(first, min(first + draws, len(bank.timesteps))))
-                for first in range(0, len(bank.timesteps), draws)
-            ]
-            losses[part] = np.concatenate(values, axis=1)
+            for first in range(0, draws.shape[1], width):
+                some = draws[part, first : first + width]
+                losses[rows[part, None], some] = _losses(unet, scheduler, encoded, bank, rows[part], some)
             bar.update(len(part))
 
 
@@ -101,21 +118,20 @@ def _losses(
     encoded: Encoded,
     bank: NoiseBank,
     rows: np.ndarray,
-    draws: range,
+    draws: np.ndarray,
 ) -> np.ndarray:
-    """Losses (images, draws) of one batch."""
+    """Losses of one batch: images (n,) with draws (n, w) each -> (n, w)."""
     device = next(unet.parameters()).device
-    noise = bank.of([encoded.image_ids[row] for row in rows], draws)
     captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
     values = example_losses(
         unet,
         scheduler,
-        encoded.batch(rows).to(device).repeat_interleave(len(draws), dim=0),
+        encoded.batch(rows).to(device).repeat_interleave(draws.shape[1], dim=0),
         captions.to(device),
-        torch.from_numpy(np.tile(bank.timesteps[draws], len(rows))).to(device),
-        torch.from_numpy(noise).to(device),
+        torch.from_numpy(bank.timesteps[draws].reshape(-1)).to(device),
+        torch.from_numpy(bank.of([encoded.image_ids[row] for row in rows], draws)).to(device),
     )
-    return values.reshape(len(rows), len(draws)).cpu().numpy()
+    return values.reshape(draws.shape).cpu().numpy()
 
 
 def _resumable(path: Path, shape: tuple[int, int]) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 
 from forgetrace.artifacts import UserError, read_arrays
 from forgetrace.attribution.contract import Attributor
+from forgetrace.attribution.narrowing import balanced_means
 from forgetrace.config import Config
 
 
@@ -32,21 +33,23 @@ class Unlearning(Attributor):
         return [self.layout.base_scan, self.layout.scan(self.options.variant or self.method, query)]
 
     def scores(self, query: str) -> np.ndarray:
-        """Mean over timesteps of the chosen score."""
+        """Mean over draws of the chosen score."""
         before, after = (read_arrays(path) for path in self.inputs(query))
         if not np.array_equal(before["timesteps"], after["timesteps"]):
             raise UserError(f"{self.inputs(query)[1]} was scanned at other timesteps than θ0: delete both scans.")
-        return SCORES[self.options.score](before["losses"].astype(float), after["losses"].astype(float))
+        values = SCORES[self.options.score](before["losses"].astype(float), after["losses"].astype(float))
+        # Only a narrowed scan may lack losses; elsewhere a missing one makes the score NaN, which is refused.
+        return balanced_means(values) if self.layout.config.scan.narrowing else values.mean(axis=1)
 
 
 def difference(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """AbU's score: mean increase over timesteps; (N, T) and (N, T) -> (N,)."""
-    return (after - before).mean(axis=1)
+    """AbU's score of each draw: the increase."""
+    return after - before
 
 
 def skew(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """MUCS's score: mean relative increase; (N, T) and (N, T) -> (N,)."""
-    return ((after - before) / (after + before + 1e-3)).mean(axis=1)
+    """MUCS's score of each draw: the relative increase."""
+    return (after - before) / (after + before + 1e-3)
 
 
 SCORES = {"difference": difference, "skew": skew}

@@ -12,6 +12,8 @@ import numpy as np
 
 from forgetrace.randomness import generator
 
+GOLDEN = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True)
 class NoiseBank:
@@ -41,11 +43,12 @@ class NoiseBank:
         """The shared noises of all draws; (T, C, H, W), float32."""
         return np.stack([self.noise("", draw) for draw in range(len(self.timesteps))])
 
-    def of(self, image_ids: list[str], draws: range) -> np.ndarray:
-        """Noise of some draws for each image, images outermost; (images · draws, C, H, W), float32."""
+    def of(self, image_ids: list[str], draws: np.ndarray) -> np.ndarray:
+        """Noise of w draws for each of n images, (n, w) -> (n · w, C, H, W), images outermost; float32."""
         if self.shared:
-            return np.tile(self._shared[draws.start : draws.stop], (len(image_ids), 1, 1, 1))
-        return np.stack([self.noise(image_id, draw) for image_id in image_ids for draw in draws])
+            return self._shared[draws.reshape(-1)]
+        pairs = zip(image_ids, draws.tolist(), strict=True)
+        return np.stack([self.noise(image_id, draw) for image_id, row in pairs for draw in row])
 
     @functools.cached_property
     def _shared(self) -> np.ndarray:
@@ -55,6 +58,24 @@ class NoiseBank:
 def spaced_timesteps(count: int, length: int) -> np.ndarray:
     """``count`` evenly spaced timesteps from 0; 20 of 1,000 are 0, 50, …, 950. Shape (count,), int64."""
     return np.arange(count, dtype=np.int64) * length // count
+
+
+def even_timesteps(seed: int, purpose: str, count: int, length: int) -> np.ndarray:
+    """Timesteps every prefix of which is spread evenly: a random start, then steps of the golden ratio.
+
+    Each is uniform over the schedule, so that a mean over any number of them estimates the mean over all.
+
+    Args:
+        seed: the experiment's seed.
+        purpose: keeps the timesteps of different stages apart.
+        count: how many.
+        length: timesteps of the schedule.
+
+    Returns:
+        Timesteps (count,), int64.
+    """
+    start = generator(seed, purpose, "timesteps").random()
+    return ((start + np.arange(count) * GOLDEN) % 1 * length).astype(np.int64)
 
 
 def monte_carlo(
