@@ -46,6 +46,8 @@ def make_deterministic() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Else every new tensor is filled first, to show reads of uninitialised memory: a twentieth of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def native_bf16(device: torch.device) -> bool:
