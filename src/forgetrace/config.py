@@ -22,6 +22,11 @@ SEED_SET = "seed"  # the "method" of retrainings on all of D: only the training 
 RANDOM = "random"
 
 
+def _unused(value: object) -> bool:
+    """Whether an option younger than finished results is off: then it is no part of what they hang on."""
+    return not value
+
+
 class Section(BaseModel):
     """Base of all sections: an unknown key is an error, values cannot change after loading."""
 
@@ -82,6 +87,12 @@ class Train(Section):
     )
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "auto", description="Training precision; auto takes bf16 where the hardware multiplies it natively."
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the model with torch.compile: minutes the first time on a machine, then faster steps; "
+        "on a CPU it needs a C++ compiler.",
+        exclude_if=_unused,
     )
     threads: Positive = Field(1, description="CPU threads of one training; the same for θ0 and retrainings.")
     snapshots: Positive = Field(4, description="Evenly spaced snapshots kept with their learning rates.")
@@ -179,7 +190,10 @@ class Scan(Section):
 
     timesteps: Positive = Field(20, description="Evenly spaced timesteps, from 0; unused with narrowing.")
     narrowing: Narrowing | None = Field(
-        None, description="Many draws for the leading images, few for the rest; without it all have the same."
+        None,
+        description="Many draws for images whose place in the ranking is in doubt, few for the rest; without it "
+        "all have the same.",
+        exclude_if=_unused,
     )
     noise: Literal["shared", "per-image"] = Field(
         "shared", description="One noise per timestep for all images, or one per image and timestep."
