@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from forgetrace.artifacts import UserError, read_json, read_tensors
 from forgetrace.curvature.contract import Identity
-from forgetrace.curvature.diagonal import DiagonalFisher, fisher_report, fit_fisher, per_example_gradients
+from forgetrace.curvature.diagonal import DiagonalFisher, fisher_report, fit_fisher
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.noise import monte_carlo
@@ -15,19 +15,6 @@ from forgetrace.encoding.store import load_encoded
 from forgetrace.randomness import generator
 
 CPU = torch.device("cpu")
-
-
-class Linear(torch.nn.Module):
-    """Predicts ``w · z_t``: the loss ``mean (w z − y)²`` has the gradient ``2 mean z (w z − y)``."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = torch.nn.Parameter(torch.tensor(0.7))
-
-    def forward(self, inputs, timesteps, encoder_hidden_states):
-        from types import SimpleNamespace
-
-        return SimpleNamespace(sample=self.w * inputs)
 
 
 def fitted(layout, draws: int, chunk: int) -> dict[str, torch.Tensor]:
@@ -84,14 +71,6 @@ def test_the_mean_runs_over_all_draws(tiny):
     name = "conv_in.weight"
     rest = torch.stack([gradient[name].square() for gradient in gradients]).mean(dim=0)
     torch.testing.assert_close(twelve[name], (six[name] + rest) / 2, rtol=1e-5, atol=1e-6 * float(rest.max()))
-
-
-def test_per_example_gradients_of_a_linear_model():
-    inputs, targets = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
-    weights = {"w": torch.tensor(0.7)}
-    found = per_example_gradients(Linear())(weights, inputs, torch.zeros(4), torch.zeros(4, 1, 1), targets)["w"]
-    expected = (2 * inputs * (0.7 * inputs - targets)).flatten(1).mean(dim=1)
-    torch.testing.assert_close(found, expected)
 
 
 def test_the_stage_writes_fisher_and_report(tiny):

@@ -5,15 +5,17 @@
 and wrong quantity. Sums are kept in float64.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgetrace.artifacts import UserError
-from forgetrace.diffusion.loss import noised
+from forgetrace.curvature.per_example import per_example_gradients
+from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.noise import monte_carlo
 from forgetrace.encoding.store import Encoded
 from forgetrace.progress import progress
@@ -32,56 +34,41 @@ def fit_fisher(
         scheduler: its schedule.
         encoded: D.
         draws: number of single-draw gradients.
-        chunk: how many are held in memory at once; does not change the result beyond rounding.
+        chunk: how many share a pass through the model; does not change the result beyond rounding.
         seed: of the draws.
 
     Returns:
         By weight name, the weight's shape, float64, on the CPU.
     """
     device = next(unet.parameters()).device
-    weights = {name: weight.detach() for name, weight in unet.named_parameters()}
-    total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
-    gradients = per_example_gradients(unet)
-    captions = encoded.captions.to(device)
+    total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in unet.named_parameters()}
     with progress(total=draws, unit="draw", what="Fisher") as bar:
         for start in range(0, draws, chunk):
             numbers = range(start, min(start + chunk, draws))
-            rows, inputs, target, timesteps = _draw(encoded, scheduler, numbers, seed, device)
-            states = captions[encoded.caption_rows[rows].to(device)]
-            # vmap has no rule for the fused attention kernels and would loop over the examples.
-            with sdpa_kernel(SDPBackend.MATH):
-                stacked = gradients(weights, inputs, timesteps, states, target)
-            for name, gradient in stacked.items():
-                total[name] += gradient.square().sum(dim=0, dtype=torch.float64)
+            losses = functools.partial(_losses, unet, scheduler, *_draw(encoded, scheduler, numbers, seed, device))
+            for name, _, gradients in per_example_gradients(unet, losses):
+                # Squares cannot cancel, so a sum of this few in float32 is as accurate as the gradients are.
+                squares = gradients.square_()
+                # Given where to, sum follows the layout in memory, which for convolutions is not the shape's.
+                total[name] += torch.sum(squares, dim=0, out=torch.empty_like(squares[0]))
             bar.update(len(numbers))
     return {name: (value / draws).cpu() for name, value in total.items()}
 
 
 def _draw(encoded: Encoded, scheduler: DDPMScheduler, numbers: range, seed: int, device: torch.device):
-    """Images of the numbered draws, with their noised latents, targets and timesteps."""
-    rows = torch.tensor([int(generator(seed, PURPOSE, "image", i).integers(len(encoded))) for i in numbers])
-    timesteps, noise = monte_carlo(
-        seed, PURPOSE, numbers, scheduler.config.num_train_timesteps, encoded.latents.shape[1:]
-    )
-    timesteps = torch.from_numpy(timesteps).to(device)
-    latents = encoded.batch(rows.numpy()).to(device)
-    inputs, target = noised(scheduler, latents, torch.from_numpy(noise).to(device), timesteps)
-    return rows, inputs, target, timesteps
+    """The numbered draws: latents, token states, timesteps and noise."""
+    rows = np.array([int(generator(seed, PURPOSE, "image", i).integers(len(encoded))) for i in numbers])
+    length, shape = scheduler.config.num_train_timesteps, tuple(encoded.latents.shape[1:])
+    timesteps, noise = monte_carlo(seed, PURPOSE, numbers, length, shape)
+    captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
+    examples = encoded.batch(rows), captions, torch.from_numpy(timesteps), torch.from_numpy(noise)
+    return tuple(tensor.to(device) for tensor in examples)
 
 
-def per_example_gradients(unet: UNet2DConditionModel) -> Callable[..., dict[str, torch.Tensor]]:
-    """A function from (weights, inputs, timesteps, token states, targets) to stacked gradients.
-
-    Its arguments are batches (B, …); its result has a leading B on every weight's shape.
-    """
-
-    def loss(weights, latent, timestep, states, target):
-        prediction = functional_call(
-            unet, weights, (latent[None], timestep[None]), {"encoder_hidden_states": states[None]}
-        ).sample
-        return (prediction - target[None]).square().mean()
-
-    return vmap(grad(loss), in_dims=(None, 0, 0, 0, 0))
+def _losses(*arguments) -> torch.Tensor:
+    # Where attention is saturated, its gradients are small differences that the fused kernels lose.
+    with sdpa_kernel(SDPBackend.MATH):
+        return example_losses(*arguments)
 
 
 class DiagonalFisher:
