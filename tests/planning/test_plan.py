@@ -143,6 +143,6 @@ def test_the_smoke_experiment_is_estimated_before_its_data_are_there(tmp_path, m
     rows = {line.split()[0]: line.split()[1:] for line in result.output.splitlines() if line[:1].isalpha()}
     for stage, (jobs, trainings, evaluations) in BY_HAND["smoke"].items():
         assert [float(cell.replace(",", "")) for cell in rows[stage][:3]] == [jobs, trainings, evaluations]
-        assert float(rows[stage][5].replace(",", "")) > 20  # MB of memory
+        assert float(rows[stage][4].replace(",", "")) > 20  # MB of memory
     assert "Wall time on 3 cores: 0:" in result.output
     assert not list(tmp_path.iterdir())

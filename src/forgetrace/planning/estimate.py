@@ -16,7 +16,7 @@ Wall time on {cores} cores: {wall}, if, after data and encoding, the base model 
 retrainings beside it, all else then fills the cores or lasts as long as one query's chain of jobs, and figures follow.
 On a GPU, jobs take turns. Snakemake's own seconds are not counted. Memory is that of one job.
 Finished results would be reused and are not subtracted.
-Measured on {device} in {took:.0f} s, by one process: {rates}."""
+Measured on {device} in {took:.0f} s, by one process:{rates}"""
 
 
 def job_seconds(work: Work, units: Mapping[str, Unit]) -> float:
@@ -36,7 +36,7 @@ def wall_seconds(stages: Mapping[str, Work], seconds: Mapping[str, float], share
 
 
 def disk(layout: Layout, stages: Mapping[str, Work], facts: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of each stage's files; ``facts`` as :func:`measure` finds them."""
+    """Bytes of each stage's files; ``facts`` as :func:`calibrate` finds them."""
     config, weights, shared = layout.config, facts["weights"], len(layout.shared_models())
     own, jobs = stages["retrain"].jobs + 1 - shared, {stage: work.jobs for stage, work in stages.items()}
     return {stage: 3 * SMALL * number for stage, number in jobs.items()} | {
@@ -65,7 +65,7 @@ def plan(layout: Layout, cores: int | None, device: str) -> str:
     stages = count(layout, facts["images"], facts["captions"])
     seconds = {stage: job_seconds(work, units) for stage, work in stages.items()}
     wall = wall_seconds(stages, seconds, len(layout.shared_models()) - 1, cores if facts["device"] == "cpu" else 1)
-    rates = ", ".join(f"{name} {1000 * unit.each:.3g} ms" for name, unit in units.items())
+    rates = "".join(f"\n  {name}: {1000 * unit.each:.3g} ms" for name, unit in units.items())
     notes = NOTES.format(cores=cores, wall=clock(wall), device=facts["device"], took=took, rates=rates)
     return f"{table(layout, stages, seconds, units, facts)}\n\n{notes}"
 
@@ -74,17 +74,19 @@ def table(layout: Layout, stages: Mapping[str, Work], seconds: Mapping[str, floa
     """One row per stage and one of sums; memory is that of one job, times are those of jobs one after another."""
     import pandas as pd  # here, because the memory of stages without it was measured in this process
 
-    rows, on_gpu = pd.DataFrame(index=list(stages)), facts["device"] != "cpu"
+    rows = pd.DataFrame(index=list(stages))
     rows["jobs"] = [work.jobs for work in stages.values()]
     rows["trainings"] = [work.jobs * (STEP in work.units) for work in stages.values()]
     rows["evaluations"] = [work.evaluations(layout.config.train.batch_size) for work in stages.values()]
     rows["CPU"] = rows["jobs"] * pd.Series(seconds) * [work.threads for work in stages.values()]
-    rows["GPU"] = rows["jobs"] * pd.Series(seconds) * (on_gpu & (rows["evaluations"] > 0))
+    if facts["device"] != "cpu":
+        rows["GPU"] = rows["jobs"] * pd.Series(seconds) * (rows["evaluations"] > 0)
     rows["MB memory"] = [max(units[unit].memory for unit in work.units) / 1e6 for work in stages.values()]
     rows["MB disk"] = pd.Series(disk(layout, stages, facts)) / 1e6
     rows.loc["all"] = rows.sum()
     rows.loc["all", "MB memory"] = rows["MB memory"][:-1].max()
-    return rows.to_string(formatters={"CPU": clock, "GPU": clock}, float_format="{:,.0f}".format)
+    formats = {"CPU": clock, "GPU": clock, "evaluations": "{:,.0f}".format}
+    return rows.to_string(formatters=formats, float_format="{:,.0f}".format)
 
 
 def clock(seconds: float) -> str:
