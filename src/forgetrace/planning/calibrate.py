@@ -84,6 +84,7 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     from forgetrace.attribution.scan import scan_losses, scan_noise
     from forgetrace.curvature.diagonal import fit_fisher
     from forgetrace.diffusion.device import pick_device
+    from forgetrace.diffusion.inference import for_inference
     from forgetrace.diffusion.model import build_scheduler, build_unet, frozen
     from forgetrace.diffusion.sampling import sample
     from forgetrace.diffusion.training import Training, train
@@ -103,12 +104,12 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     latents, nothing = to_latents(pixels, config.encode.factor), np.zeros(IMAGES, dtype=bool)
     encoded = Encoded(list(map(str, range(IMAGES))), latents, states, torch.arange(IMAGES) % len(captions))
     scheduler = build_scheduler(config.train)
-    unet = frozen(build_unet(config.train, latents.shape[1:], states.shape[2], 0), target)
+    unet, scanned = (frozen(build_unet(config.train, latents.shape[1:], states.shape[2], 0), target) for _ in range(2))
     query, bank = Query("any", torch.from_numpy(latents[0]), states[0]), scan_noise(layout, encoded, scheduler)
     inputs = query.latent[None].to(target), states[:1].to(target), states[0].to(target)
     sizes = {name: 4 * weight.numel() for name, weight in unet.named_parameters()}
     draws, batch, chunk = len(bank.timesteps), config.scan.batch_size, min(config.fit.chunk, config.fit.draws)
-    block, sampler = max(1, batch // draws), config.synthesize
+    block, sampler, scanner = max(1, batch // draws), config.synthesize, for_inference(scanned)
 
     def samples(n: int) -> None:
         for _ in range(n):
@@ -116,7 +117,7 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
 
     def scans(n: int) -> None:
         losses = np.full((IMAGES, draws), np.nan, dtype=np.float32)
-        scan_losses(unet, scheduler, encoded, bank, losses, batch, np.arange(n * block) % IMAGES)
+        scan_losses(scanner, scheduler, encoded, bank, losses, batch, np.arange(n * block) % IMAGES)
 
     def steps(n: int) -> None:
         # No warm-up and no checkpoint in so few steps, and no divergence at so small a rate.

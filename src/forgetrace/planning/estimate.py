@@ -77,7 +77,7 @@ def table(layout: Layout, stages: Mapping[str, Work], seconds: Mapping[str, floa
     rows = pd.DataFrame(index=list(stages))
     rows["jobs"] = [work.jobs for work in stages.values()]
     rows["trainings"] = [work.jobs * (STEP in work.units) for work in stages.values()]
-    rows["evaluations"] = [work.evaluations(layout.config.train.batch_size) for work in stages.values()]
+    rows["evaluations"] = [float(work.evaluations(layout.config.train.batch_size)) for work in stages.values()]
     rows["CPU"] = rows["jobs"] * pd.Series(seconds) * [work.threads for work in stages.values()]
     if facts["device"] != "cpu":
         rows["GPU"] = rows["jobs"] * pd.Series(seconds) * (rows["evaluations"] > 0)
@@ -85,8 +85,7 @@ def table(layout: Layout, stages: Mapping[str, Work], seconds: Mapping[str, floa
     rows["MB disk"] = pd.Series(disk(layout, stages, facts)) / 1e6
     rows.loc["all"] = rows.sum()
     rows.loc["all", "MB memory"] = rows["MB memory"][:-1].max()
-    formats = {"CPU": clock, "GPU": clock, "evaluations": "{:,.0f}".format}
-    return rows.to_string(formatters=formats, float_format="{:,.0f}".format)
+    return rows.to_string(formatters={"CPU": clock, "GPU": clock}, float_format="{:,.0f}".format)
 
 
 def clock(seconds: float) -> str:
