@@ -61,6 +61,11 @@ def counted(**sections) -> dict[str, Work]:
     return count(Layout("tiny", settings(**sections)), images=40, captions=7)
 
 
+def test_a_narrowed_scan_counts_its_budget_and_all_draws_of_the_base_model():
+    narrowed = counted(scan={"narrowing": {"mean": 12, "most": 100, "tops": [10]}})["scan"]
+    assert narrowed.units[work.SCAN] == 40 * (100 + 2 * 3 * 12)
+
+
 def test_twice_the_queries_are_twice_the_unlearned_scans():
     few, many = (counted(synthesize={"queries": [{"pool": "report", "count": n}]})["scan"] for n in (2, 4))
     assert (few.jobs, many.jobs) == (1 + 2 * 2, 1 + 2 * 4)

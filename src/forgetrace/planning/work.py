@@ -43,7 +43,8 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
 
     unlearned, fitted = len(variants) * len(queries), int(any(v.curvature != "none" for v in variants))
     gradients = len(queries) * sum(variant.steps * variant.draws for variant in variants)
-    scans, asking = 1 + unlearned, {TORCH: len(queries)}
+    asking, narrowing = {TORCH: len(queries)}, config.scan.narrowing
+    most, mean = (narrowing.most, narrowing.mean) if narrowing else (config.scan.timesteps,) * 2  # of θ0, of a query
     checks = 2 * (QUERY_DRAWS + OTHERS_DRAWS * min(OTHERS, images))
     scores, figures = len(config.score.methods) * len(queries), len(catalogue.names(layout))
     return {
@@ -53,7 +54,7 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
         "synthesize": Work(len(queries), asking | {CAPTION: len(queries), SAMPLER: len(generated) * sampled}),
         "fit": Work(fitted, {TORCH: fitted, FISHER: config.fit.draws * fitted}),
         "unlearn": Work(unlearned, {TORCH: unlearned, GRADIENT: gradients, LOSS: unlearned * checks}),
-        "scan": Work(scans, {TORCH: scans, SCAN: scans * images * config.scan.timesteps}),
+        "scan": Work(1 + unlearned, {TORCH: 1 + unlearned, SCAN: round(images * (most + unlearned * mean))}),
         "score": Work(scores, {START: scores}),
         "retrain": Work(retrained, {TORCH: retrained, STEP: retrained * recipe.steps} | measuring(own), recipe.threads),
         "measure": Work(len(queries), asking | measuring(len(shared))),
