@@ -219,6 +219,19 @@ def figures(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    cores: Annotated[int | None, typer.Option(help="Cores that jobs share; by default all of them.", min=1)] = None,
+    device: Device = "auto",
+) -> None:
+    """Estimate the hours, memory and disk of every stage, from about twenty seconds of timing on this machine."""
+    layout = _experiment(config)
+    from forgetrace.planning.estimate import plan
+
+    typer.echo(plan(layout, cores, device))
+
+
+@app.command()
 def tidy(
     config: ConfigPath,
     remove: Annotated[bool, typer.Option(help="Delete the files instead of listing them.")] = False,

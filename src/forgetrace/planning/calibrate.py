@@ -1,0 +1,144 @@
+"""What units of work cost here, timed with the stages' own functions on random weights, in a temporary folder."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import chdir, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+
+from forgetrace.artifacts import read_json, write_json
+from forgetrace.datasets.prepare import TRAIN, prepare, read_metadata
+from forgetrace.figures.catalogue import draw
+from forgetrace.layout import Layout
+from forgetrace.planning import work
+
+IMAGES, CAPTIONS = 256, 64  # of the training data, for units with torch
+
+
+class Unit(NamedTuple):
+    """Seconds of a unit of work and seconds a job's first takes longer; the peak of memory until then in bytes."""
+
+    each: float
+    first: float
+    memory: int
+
+
+def rate(run: Callable[[int], object], size: int = 1, seconds: float = 0.3, whose: int = RUSAGE_SELF) -> Unit:
+    """Time ``run(n)``, n repetitions of ``size`` units, for growing n until it takes ``seconds`` longer than one.
+
+    What a call does once counts as the first unit's. With 0 seconds a single, first repetition is timed.
+    """
+
+    def timed(repetitions: int) -> float:
+        start = time.perf_counter()
+        run(repetitions)
+        return time.perf_counter() - start
+
+    first = each = timed(1)
+    if seconds:
+        repetitions, once = 1, timed(1)
+        more = once
+        while more - once < seconds:
+            repetitions *= 2
+            more = timed(repetitions)
+        each = (more - once) / (repetitions - 1)
+    peak = getrusage(whose).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Unit(each / size, max(first - each, 0), peak)
+
+
+def calibrate(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
+    """All units of work, starts of processes included; and facts: counts of the data, bytes of files, the device.
+
+    Raises:
+        UserError: what the config or the device asks for cannot work here.
+    """
+    units = {}
+    for start, module in ((work.START, "figures.training"), (work.TORCH, "counterfactual.retrain")):
+        job = [sys.executable, "-c", f"import forgetrace.cli, forgetrace.{module}"]
+        units[start] = rate(lambda _, job=job: subprocess.run(job, check=True), seconds=0, whose=RUSAGE_CHILDREN)
+    with TemporaryDirectory(prefix="forgetrace-plan-") as folder, chdir(folder), redirect_stderr(StringIO()):
+        units |= light(layout)
+        found, facts = heavy(layout, device)
+    return units | found, facts
+
+
+def light(layout: Layout) -> dict[str, Unit]:
+    """Units without torch; leaves the dataset in the current folder."""
+    units = {work.PREPARED: rate(lambda _: prepare(layout.config.prepare, layout.data), seconds=0)}
+    Path(layout.model).mkdir(parents=True)
+    Path(layout.curve).write_text("step,loss,learning_rate\n1,1,1\n2,1,1\n")
+    return units | {work.FIGURE: rate(lambda _: draw(layout, "training"), seconds=0)}
+
+
+def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
+    """Units with torch, those of little memory first because a peak is that of all before; and the facts."""
+    import torch
+
+    from forgetrace.attribution.scan import scan_losses, scan_noise
+    from forgetrace.curvature.diagonal import fit_fisher
+    from forgetrace.diffusion.device import pick_device
+    from forgetrace.diffusion.inference import for_inference
+    from forgetrace.diffusion.model import build_scheduler, build_unet, frozen
+    from forgetrace.diffusion.sampling import sample
+    from forgetrace.diffusion.training import Training, train
+    from forgetrace.encoding.latents import to_latents
+    from forgetrace.encoding.store import Encoded
+    from forgetrace.encoding.text import token_states
+    from forgetrace.unlearning.step import BATCH, Query, query_gradient, query_loss
+    from forgetrace.unlearning.subsets import select
+
+    torch.set_num_threads(1)
+    config, target, rows = layout.config, pick_device(device), read_metadata(layout.metadata)
+    texts = [row["text"] for row in rows if row["split"] == TRAIN]
+    captions = sorted(set(texts), key=len)[-CAPTIONS:]
+    units = {work.CAPTION: rate(lambda n: token_states(captions * n), len(captions))}
+    shape, states = read_json(layout.data_manifest)["image_shape"], torch.from_numpy(token_states(captions))
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, *shape), dtype=np.uint8)
+    latents, nothing = to_latents(pixels, config.encode.factor), np.zeros(IMAGES, dtype=bool)
+    encoded = Encoded(list(map(str, range(IMAGES))), latents, states, torch.arange(IMAGES) % len(captions))
+    scheduler = build_scheduler(config.train)
+    unet, scanned = (frozen(build_unet(config.train, latents.shape[1:], states.shape[2], 0), target) for _ in range(2))
+    query, bank = Query("any", torch.from_numpy(latents[0]), states[0]), scan_noise(layout, encoded, scheduler)
+    inputs = query.latent[None].to(target), states[:1].to(target), states[0].to(target)
+    sizes = {name: 4 * weight.numel() for name, weight in unet.named_parameters()}
+    draws, batch, chunk = len(bank.timesteps), config.scan.batch_size, min(config.fit.chunk, config.fit.draws)
+    block, sampler, scanner = max(1, batch // draws), config.synthesize, for_inference(scanned)
+
+    def samples(n: int) -> None:
+        for _ in range(n):
+            sample(unet, scheduler, *inputs, sampler.sampler_steps, sampler.guidance).cpu()  # waits for a GPU
+
+    def scans(n: int) -> None:
+        losses = np.full((IMAGES, draws), np.nan, dtype=np.float32)
+        scan_losses(scanner, scheduler, encoded, bank, losses, batch, np.arange(n * block) % IMAGES)
+
+    def steps(n: int) -> None:
+        # No warm-up and no checkpoint in so few steps, and no divergence at so small a rate.
+        few = {"steps": n, "warmup_steps": 0, "checkpoint_every": n, "learning_rate": 1e-9}
+        recipe = config.model_copy(update={"train": config.train.model_copy(update=few)})
+        train(Layout(layout.name, recipe), encoded, Training("any", 0, nothing), device)
+
+    def gradients(n: int) -> None:
+        query_gradient(unet, scheduler, query, list(sizes), range(n * BATCH), 0)["conv_in.weight"].cpu()
+
+    units[work.SAMPLER] = rate(samples, sampler.sampler_steps * (1 if sampler.guidance == 1 else 2))
+    units[work.LOSS] = rate(lambda n: query_loss(unet, scheduler, query, 0, n * BATCH), BATCH)
+    units[work.SCAN] = rate(scans, block * draws)
+    write_json(layout.encode_manifest, {"source": "calibration"})  # a training's key holds it
+    units[work.STEP] = rate(steps)
+    torch.use_deterministic_algorithms(False)  # which trainings want, like their threads
+    torch.set_num_threads(1)
+    units[work.GRADIENT] = rate(gradients, BATCH)
+    units[work.FISHER] = rate(lambda n: fit_fisher(unet, scheduler, encoded, n * chunk, chunk, 0), chunk)
+    changed = sum(sizes[name] for variant in config.unlearn.values() for name in select(sizes, variant.weights))
+    images = min(len(texts), config.encode.max_images or len(texts))
+    facts = {"pictures": len(rows), "images": images, "captions": 1 + min(images, len(set(texts)))}
+    facts |= {"weights": sum(sizes.values()), "latent": latents[0].nbytes, "states": states[0].nbytes}
+    return units, facts | {"changed": changed, "device": target.type}

@@ -1,0 +1,63 @@
+"""The work of an experiment by stage, counted from its config as ``workflow/rules`` ask for it."""
+
+from typing import NamedTuple
+
+from forgetrace.config import RANDOM, SEED_SET
+from forgetrace.figures import catalogue
+from forgetrace.layout import Layout
+
+# Units of work: a job's start without and with torch, then what it does; a training step is a batch of evaluations.
+START, TORCH = "start", "start with torch"
+PREPARED, FIGURE, CAPTION, STEP = "dataset prepared", "figure drawn", "caption encoded", "training step"
+SAMPLER, LOSS, SCAN = "sampler evaluation", "loss evaluation", "scan evaluation"
+GRADIENT, FISHER = "query gradient draw", "per-example gradient"
+EVALUATIONS = (SAMPLER, LOSS, SCAN, GRADIENT, FISHER)
+# What `unlearn` looks at before and after: draws of the query's loss; other images, draws of each.
+QUERY_DRAWS, OTHERS, OTHERS_DRAWS = 1000, 256, 4
+
+
+class Work(NamedTuple):
+    """All work of one stage: its jobs, their units together by kind, and the threads (cores) of one job."""
+
+    jobs: int
+    units: dict[str, int]
+    threads: int = 1
+
+    def evaluations(self, batch_size: int) -> int:
+        """UNet evaluations, with or without gradient; ``batch_size`` is that of a training step."""
+        return self.units.get(STEP, 0) * batch_size + sum(self.units.get(unit, 0) for unit in EVALUATIONS)
+
+
+def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
+    """The work of every stage, finished or not, for N ``images`` trained on and their distinct ``captions``."""
+    config, queries = layout.config, layout.config.queries()
+    generated = [query for query in queries if not config.image_query(query)]  # a user's image is not sampled
+    shared, recipe, variants = layout.shared_models(), config.train, config.unlearn.values()
+    own = len(layout.measured_models(queries[0])) - len(shared)  # leave-K-out models of one query
+    retrained = sum(method in (RANDOM, SEED_SET) for method, _, _ in shared) + own * len(queries)
+    sampled = config.synthesize.sampler_steps * (1 if config.synthesize.guidance == 1 else 2)
+    asked = len(range(0, recipe.timesteps, config.evaluate.timestep_stride)) * config.evaluate.draws
+
+    def measuring(models: int) -> dict[str, int]:
+        return {LOSS: len(queries) * models * asked, SAMPLER: len(generated) * models * sampled}
+
+    unlearned, fitted = len(variants) * len(queries), int(any(v.curvature != "none" for v in variants))
+    gradients = len(queries) * sum(variant.steps * variant.draws for variant in variants)
+    asking, narrowing = {TORCH: len(queries)}, config.scan.narrowing
+    most, mean = (narrowing.most, narrowing.mean) if narrowing else (config.scan.timesteps,) * 2  # of θ0, of a query
+    checks = 2 * (QUERY_DRAWS + OTHERS_DRAWS * min(OTHERS, images))
+    scores, figures = len(config.score.methods) * len(queries), len(catalogue.names(layout))
+    return {
+        "prepare": Work(1, {START: 1, PREPARED: 1}),
+        "encode": Work(1, {TORCH: 1, CAPTION: captions}),
+        "train": Work(1, {TORCH: 1, STEP: recipe.steps}, recipe.threads),
+        "synthesize": Work(len(queries), asking | {CAPTION: len(queries), SAMPLER: len(generated) * sampled}),
+        "fit": Work(fitted, {TORCH: fitted, FISHER: config.fit.draws * fitted}),
+        "unlearn": Work(unlearned, {TORCH: unlearned, GRADIENT: gradients, LOSS: unlearned * checks}),
+        "scan": Work(1 + unlearned, {TORCH: 1 + unlearned, SCAN: round(images * (most + unlearned * mean))}),
+        "score": Work(scores, {START: scores}),
+        "retrain": Work(retrained, {TORCH: retrained, STEP: retrained * recipe.steps} | measuring(own), recipe.threads),
+        "measure": Work(len(queries), asking | measuring(len(shared))),
+        "evaluate": Work(1, {TORCH: 1}),
+        "figures": Work(figures, {START: figures, FIGURE: figures}),
+    }

@@ -1,0 +1,153 @@
+import inspect
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from forgetrace import cli
+from forgetrace.layout import Layout, load_layout
+from forgetrace.planning import calibrate, estimate, work
+from forgetrace.planning.calibrate import Unit, rate
+from forgetrace.planning.work import Work, count
+
+from ..conftest import settings
+
+CONFIGS = Path(__file__).parents[2] / "config"
+IMAGES = {"digits": 4730, "smoke": 300}
+# By hand: jobs, trainings, UNet evaluations.
+BY_HAND = {
+    "digits": {
+        "prepare": (1, 0, 0),
+        "encode": (1, 0, 0),
+        "train": (1, 1, 3000 * 32),
+        "synthesize": (4, 0, 4 * 25 * 2),  # guidance asks twice
+        "fit": (1, 0, 4000),
+        "unlearn": (2 * 4, 0, 8 * (2048 + 2 * (1000 + 4 * 256))),
+        "scan": (1 + 2 * 4, 0, 9 * 4730 * 20),
+        "score": (6 * 4, 0, 0),
+        "retrain": (2 + 1 + 2 * 4, 11, 11 * 3000 * 32 + 8 * (200 * 2 + 50)),
+        "measure": (4, 0, 4 * (1 + 2 + 1) * (200 * 2 + 50)),
+        "evaluate": (1, 0, 0),
+        "figures": (1 + 2 * 4 + 1, 0, 0),
+    },
+    "smoke": {
+        "prepare": (1, 0, 0),
+        "encode": (1, 0, 0),
+        "train": (1, 1, 60 * 16),
+        "synthesize": (2, 0, 2 * 5),
+        "fit": (1, 0, 200),
+        "unlearn": (2 * 2, 0, 4 * (64 + 2 * (1000 + 4 * 256))),
+        "scan": (1 + 2 * 2, 0, 5 * 300 * 4),
+        "score": (6 * 2, 0, 0),
+        "retrain": (2 + 1 + 2 * 2, 7, 7 * 60 * 16 + 4 * (20 + 5)),
+        "measure": (2, 0, 2 * (1 + 2 + 1) * (20 + 5)),
+        "evaluate": (1, 0, 0),
+        "figures": (1 + 2 * 2 + 1, 0, 0),
+    },
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_work_is_what_a_hand_counts(name):
+    layout = load_layout(CONFIGS / f"{name}.yaml")
+    stages = count(layout, IMAGES[name], captions=100)
+    batch = layout.config.train.batch_size
+    for stage, one in stages.items():
+        assert (one.jobs, one.jobs * (work.STEP in one.units), one.evaluations(batch)) == BY_HAND[name][stage], stage
+
+
+def counted(**sections) -> dict[str, Work]:
+    return count(Layout("tiny", settings(**sections)), images=40, captions=7)
+
+
+def test_a_narrowed_scan_counts_its_budget_and_all_draws_of_the_base_model():
+    narrowed = counted(scan={"narrowing": {"mean": 12, "most": 100, "tops": [10]}})["scan"]
+    assert narrowed.units[work.SCAN] == 40 * (100 + 2 * 3 * 12)
+
+
+def test_twice_the_queries_are_twice_the_unlearned_scans():
+    few, many = (counted(synthesize={"queries": [{"pool": "report", "count": n}]})["scan"] for n in (2, 4))
+    assert (few.jobs, many.jobs) == (1 + 2 * 2, 1 + 2 * 4)
+    assert (few.units[work.SCAN], many.units[work.SCAN]) == (5 * 40 * 4, 9 * 40 * 4)
+
+
+def test_a_users_image_has_losses_but_is_not_sampled():
+    mine = counted(synthesize={"queries": [{"name": "mine", "image": "mine.png", "prompt": "my own"}]})
+    assert [mine[stage].units[work.SAMPLER] for stage in ("synthesize", "retrain", "measure")] == [0, 0, 0]
+    assert mine["measure"].units[work.LOSS] == 4 * 5 * 2
+
+
+def test_no_fisher_is_fitted_and_no_random_set_trained_that_nobody_asks_for():
+    plain = {"curvature": "none", "step_size": 1e-2}
+    assert counted(unlearn={"unlearn": plain, "unlearn-sgd": plain})["fit"].jobs == 0
+    # Random sets are shared by all queries, though random is judged by name.
+    assert counted(retrain={"methods": ["unlearn", "random"], "k": [10]})["retrain"].jobs == 2 + 1 + 3
+
+
+def test_the_checks_of_unlearning_are_as_many_as_it_makes():
+    from forgetrace.unlearning import sample, step
+
+    assert inspect.signature(step.query_loss).parameters["draws"].default == work.QUERY_DRAWS
+    assert (sample.SAMPLE, sample.DRAWS) == (work.OTHERS, work.OTHERS_DRAWS)
+
+
+def test_a_rate_leaves_out_what_is_done_once(monkeypatch):
+    now, warm = [0.0], []
+
+    def run(repetitions: int) -> None:
+        now[0] += 0.5 + 0.01 * repetitions + (0 if warm else 2)
+        warm.append(repetitions)
+
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: now[0])
+    unit = rate(run, size=10, seconds=0.3)
+    assert unit.each == pytest.approx(0.001)
+    assert unit.first == pytest.approx(2.5)
+    assert max(warm) == 32  # the first of 1, 2, 4, … to take 0.3 s longer than one
+
+
+def test_a_job_takes_its_start_and_its_share_of_units():
+    units = {work.TORCH: Unit(3, 0, 0), work.SCAN: Unit(0.01, 0.5, 0)}
+    assert estimate.job_seconds(Work(2, {work.TORCH: 2, work.SCAN: 200}), units) == pytest.approx(3 + 0.5 + 1)
+    assert estimate.job_seconds(Work(0, {work.TORCH: 0, work.SCAN: 0}), units) == 0
+
+
+@pytest.mark.parametrize(
+    ("cores", "expected"),
+    [
+        (1, 10 + 100 + (100 + 10 * (4 + 2 * 2) + 300 + 8) + 2 + 4),  # everything, one after another
+        (2, 10 + 100 + (100 + 80 + 300 + 8 - 100) / 2 + 2 + 2),  # one shared retraining fits beside the base training
+        (64, 10 + 100 + (10 + 10 + 10 + 10 + 100) + 2 + 4 / 64),  # the chain of one query
+    ],
+)
+def test_the_wall_time_is_that_of_the_schedule(cores, expected):
+    stages = dict.fromkeys(work_stages := ("fit", "unlearn", "scan", "score"), Work(2, {}))
+    stages |= {"prepare": Work(1, {}), "encode": Work(1, {}), "train": Work(1, {}), "retrain": Work(4, {})}
+    stages |= {"synthesize": Work(0, {}), "measure": Work(8, {}), "evaluate": Work(1, {}), "figures": Work(4, {})}
+    seconds = dict.fromkeys(work_stages, 10) | {"prepare": 4, "encode": 6, "train": 100, "retrain": 100}
+    seconds |= {"synthesize": 0, "measure": 1, "evaluate": 2, "figures": 1}
+    assert estimate.wall_seconds(stages, seconds, shared=1, cores=cores) == pytest.approx(expected)
+
+
+def test_a_k_that_leaves_no_images_is_told_before_anything_is_timed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = (CONFIGS / "smoke.yaml").read_text(encoding="utf-8").replace("k: [20]", "k: [300]")
+    Path("large.yaml").write_text(config, encoding="utf-8")
+    result = CliRunner().invoke(cli.app, ["plan", "--config", "large.yaml"])
+    assert str(result.exception) == "retrain.k: 300 images cannot be left out of 300; choose a smaller K."
+
+
+def test_the_smoke_experiment_is_estimated_before_its_data_are_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = time.process_time()  # a busy machine takes longer
+    result = CliRunner().invoke(
+        cli.app, ["plan", "--config", str(CONFIGS / "smoke.yaml"), "--cores", "3", "--device", "cpu"]
+    )
+    assert result.exit_code == 0, result.output
+    assert time.process_time() - start < 60
+    rows = {line.split()[0]: line.split()[1:] for line in result.output.splitlines() if line[:1].isalpha()}
+    for stage, (jobs, trainings, evaluations) in BY_HAND["smoke"].items():
+        assert [float(cell.replace(",", "")) for cell in rows[stage][:3]] == [jobs, trainings, evaluations]
+        assert float(rows[stage][4].replace(",", "")) > 20  # MB of memory
+    assert "Wall time on 3 cores: 0:" in result.output
+    assert not list(tmp_path.iterdir())
