@@ -150,7 +150,7 @@ class Fit(Section):
     """What a method needs once per model: here the diagonal Fisher information."""
 
     draws: Positive = Field(10000, description="Draws of (image, caption, t, ε), one per-example gradient each.")
-    chunk: Positive = Field(64, description="Draws that share a pass through the model.")
+    chunk: Positive = Field(128, description="Draws that share a pass through the model.")
 
 
 class Variant(Section):
