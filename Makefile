@@ -68,6 +68,6 @@ report: environment experiment ## an HTML page of all tables and figures
 	$(SNAKEMAKE) --report results/$(EXPERIMENT)/report.html all
 
 clean: ## remove the environment, logs and caches; data and results stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build src/*.egg-info logs benchmarks
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build src/*.egg-info logs timings
 
 endif
