@@ -19,7 +19,7 @@ from forgetrace.diffusion.training import Training, train
 from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import Layout, load_layout
 
-IMAGES, DRAWS = 48, 256  # a piece of a scan, of a Fisher fit
+IMAGES, DRAWS = 48, 128  # a piece of a scan, of a Fisher fit
 
 
 def scan(config: str, device: str):

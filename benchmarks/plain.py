@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 
 from benchmarks.workers import timed
 from forgetrace.attribution.scan import scan_noise
-from forgetrace.diffusion.loss import noised
+from forgetrace.diffusion.loss import batched_losses, noised
 from forgetrace.diffusion.model import build_scheduler, build_unet, load_scheduler, load_unet
 from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import load_layout
@@ -44,19 +44,15 @@ def losses(config: str, device: str):
     layout = load_layout(config)
     encoded, scheduler = load_encoded(layout), load_scheduler(layout)
     bank = scan_noise(layout, encoded, scheduler)
-    timesteps = torch.from_numpy(bank.timesteps).to(device)
 
-    @torch.no_grad()
     def work(weights: str, rows: np.ndarray) -> np.ndarray:
-        unet, result = load_unet(layout, torch.device(device), changed=weights), []
-        for row in rows:
-            latents = encoded.batch(np.array([row])).to(device).expand(len(timesteps), -1, -1, -1)
-            captions = encoded.captions[encoded.caption_rows[row]].to(device).expand(len(timesteps), -1, -1)
-            drawn = torch.from_numpy(bank.of([encoded.image_ids[row]], range(len(timesteps)))).to(device)
-            inputs, target = noised(scheduler, latents, drawn, timesteps)
-            prediction = unet(inputs, timesteps, encoder_hidden_states=captions).sample
-            result.append(F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)).cpu().numpy())
-        return np.stack(result)
+        count, unet = len(bank.timesteps), load_unet(layout, torch.device(device), changed=weights)
+        examples = np.repeat(rows, count)
+        latents, captions = encoded.batch(examples), encoded.captions[encoded.caption_rows[rows]]
+        captions = captions.repeat_interleave(count, dim=0)
+        noise = bank.of([encoded.image_ids[row] for row in rows], range(count))
+        values = batched_losses(unet, scheduler, latents, captions, np.tile(bank.timesteps, len(rows)), noise)
+        return values.reshape(len(rows), count)
 
     return work
 

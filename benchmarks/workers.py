@@ -63,7 +63,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, os.getcwd(), prepare, args), daemon=True)
-        with unittest.mock.patch.dict(os.environ):
+        with unittest.mock.patch.dict(os.environ, TQDM_DISABLE="1"):
             for name in THREADS:
                 os.environ.pop(name, None)
                 os.environ |= {name: str(threads)} if threads else {}
@@ -133,7 +133,6 @@ def fastest(workers: Sequence[Worker], options: Sequence[int], seconds: float) -
 
 def _serve(pipe, folder: str, prepare: Callable[..., Callable], args: tuple) -> None:
     os.chdir(folder)
-    os.environ["TQDM_DISABLE"] = "1"
     try:
         work = prepare(*args)
         pipe.send((None, None))
