@@ -107,7 +107,9 @@ def team(
         yield workers
     finally:
         for worker in workers:
-            worker.process.terminate()
+            worker.pipe.close()
+            worker.process.join(5)
+            worker.process.terminate()  # where it is still at work, after an error here
             worker.process.join()
 
 
