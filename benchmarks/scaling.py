@@ -60,7 +60,6 @@ def scaling(settings: Settings) -> dict[str, Reading]:
 
 
 def _coco(settings: Settings, folder: str) -> dict[str, Reading]:
-    evaluations = COCO * settings.layout.config.scan.timesteps
     start = time.perf_counter()
     with _opened(settings, folder, COCO, RECIPE, every=4000) as (worker,):
         worker.call(COCO)
@@ -75,16 +74,19 @@ def _coco(settings: Settings, folder: str) -> dict[str, Reading]:
             images = 3 if device == "cpu" else 120
             (rates,) = interleave([partial(rate, workers, images)], min(3, settings.repeats))
         speed = float(np.median(rates)) * layout.config.scan.timesteps
-        hours = evaluations / speed / 3600
+        hours = COCO * layout.config.scan.timesteps / speed / 3600
         how = {"evaluations_per_s": speed, "processes": processes, "hours_5_captions": hours * CAPTIONS}
         how |= {"published_hours": PUBLISHED_HOURS, "note": _ASSUMED}
-        readings[f"coco-hours-{device}"] = Reading(hours, "h", None, quartiles([hours / r * speed for r in rates]), how)
+        readings[f"coco-hours-{device}"] = Reading(
+            hours, "h", None, quartiles([hours * np.median(rates) / r for r in rates]), how
+        )
     return readings
 
 
 _ASSUMED = (
-    "one scan of one query, one caption per image, 20 timesteps, random weights, fp32, all processes at once; without"
-    " the scan of θ0, which all queries share; the published figure is for a GPU of the paper's and all five captions"
+    "one scan of one query, one caption per image, the config's timesteps (20 in the paper), random weights, fp32,"
+    " all processes at once; without the scan of θ0, which all queries share; the published figure is for a GPU of"
+    " the paper's"
 )
 
 
