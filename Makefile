@@ -16,7 +16,7 @@ INSTALLED := .venv/installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help environment reproduce test lint pull dag report clean experiment
+.PHONY: help environment reproduce test bench lint pull dag report clean experiment
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,9 @@ reproduce: environment experiment ## the whole experiment, or what is still miss
 test: environment ## all tests
 	python -m pytest $(PYTEST)
 
+bench: environment experiment ## speed and memory against plain references; BENCH="scan fisher" measures some
+	python -m benchmarks --config $(CONFIG) $(BENCH)
+
 lint: environment ## style of code and rules, directions of imports
 	ruff check .
 	ruff format --check .
@@ -68,6 +71,6 @@ report: environment experiment ## an HTML page of all tables and figures
 	$(SNAKEMAKE) --report results/$(EXPERIMENT)/report.html all
 
 clean: ## remove the environment, logs and caches; data and results stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build src/*.egg-info logs benchmarks
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build src/*.egg-info logs timings
 
 endif

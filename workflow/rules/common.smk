@@ -87,7 +87,7 @@ def log_file(stage, *names):
 
 
 def benchmark_file(stage, *names):
-    return os.path.join("benchmarks", layout.name, stage, *names) + ".tsv"
+    return os.path.join("timings", layout.name, stage, *names) + ".tsv"
 
 
 def shaped_by(stages, *keys, **more):

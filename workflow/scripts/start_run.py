@@ -33,7 +33,7 @@ def check_permissions(experiment: str) -> None:
     Snakemake would find out in the middle, with a traceback or without saying what to do. What lies deeper
     is left to the stages: a finished one may well be protected from writing.
     """
-    for path in (LOCKS, RUN, RUN.parent, *(f"{top}/{experiment}" for top in ("logs", "benchmarks", "results"))):
+    for path in (LOCKS, RUN, RUN.parent, *(f"{top}/{experiment}" for top in ("logs", "timings", "results"))):
         place = Path(path)
         while not place.exists():
             place = place.parent

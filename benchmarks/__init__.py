@@ -1,0 +1,1 @@
+"""Performance measurements of forgetrace against plain references: ``make bench``; no part of the package."""

@@ -1,0 +1,162 @@
+"""The machinery of ``make bench``; the figures themselves are nobody's test."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import pipeline, recorded
+from benchmarks.report import Reading, as_json, lines, ratio
+from benchmarks.settings import Settings
+from benchmarks.workers import fastest, interleave, rate, team, timed
+from forgetrace.artifacts import UserError
+
+
+def stub(speed: float):
+    """Work at a known rate that also tells where it ran."""
+    return lambda seconds, factor=1: (speed * factor * seconds, seconds)
+
+
+def place():
+    return lambda: (os.getpid(), os.getcwd(), os.environ.get("OMP_NUM_THREADS"))
+
+
+def broken(error: type[Exception]):
+    def work():
+        raise error("no such thing")
+
+    return work
+
+
+def test_sides_take_turns_and_the_first_round_does_not_count():
+    turns = []
+    sides = [lambda: turns.append("old") or len(turns), lambda: turns.append("new") or len(turns)]
+    assert interleave(sides, 2) == [[3, 5], [4, 6]]
+    assert turns == ["old", "new"] * 3
+
+
+def test_a_ratio_is_the_median_of_the_pairs_with_their_quartiles():
+    reading = ratio([1.0, 2.0, 4.0, 1.0, 1.0], [2.0, 4.0, 4.0, 3.0, 5.0], target=">= 1.9", unit="steps")
+    assert (reading.value, reading.spread, reading.met) == (2.0, (2.0, 3.0), True)
+    assert reading.details == {"reference_per_s": 1.0, "candidate_per_s": 4.0, "unit": "steps"}
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "met"),
+    [(1.7, ">= 1.7", True), (1.69, ">= 1.7", False), (4, "<= 4", True), (4.1, "<= 4", False), (1, None, None)],
+)
+def test_met_follows_the_target(value, target, met):
+    assert Reading(value, target=target).met is met
+
+
+def test_time_is_measured_over_whole_pieces():
+    units, seconds = timed(lambda: 3, 0.01)
+    assert units >= 3
+    assert units % 3 == 0
+    assert seconds >= 0.01
+    assert timed(lambda: 3, 0)[0] == 3
+
+
+def test_workers_have_processes_and_threads_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.chdir(tmp_path)
+    with team(1, place) as one, team(1, place, threads=None) as default:
+        here, there = one[0].call(), default[0].call()
+    assert len({here[0], there[0], os.getpid()}) == 3
+    assert here[1] == there[1] == str(tmp_path)
+    assert (here[2], there[2], os.environ["OMP_NUM_THREADS"]) == ("1", None, "3")
+
+
+def test_rates_of_workers_add_up_and_the_fastest_option_is_found():
+    with team(2, stub, 10.0) as workers:
+        assert rate(workers, 0.5) == pytest.approx(20)
+        assert fastest(workers, (1, 4, 2), 0.5) == (4, {1: 20, 4: 80, 2: 40})
+
+
+def test_errors_of_a_worker_come_back():
+    for error, raised in ((UserError, UserError), (KeyError, RuntimeError)):
+        with team(1, broken, error) as (worker,), pytest.raises(raised, match="no such thing"):
+            worker.call()
+
+
+def test_a_failing_bench_is_named_and_the_others_run(tmp_path, capsys):
+    def fails(settings):
+        raise ValueError("not today")
+
+    def refuses(settings):
+        return settings.encoded()
+
+    benches = {"bad": fails, "good": lambda settings: {"good-x": Reading(2, target="<= 1")}, "missing": refuses}
+    (tmp_path / "lone.yaml").write_text("score: {methods: {random: {}}}\n")
+    readings, failed = command.run(benches, Settings(str(tmp_path / "lone.yaml")))
+    assert list(readings) == ["good-x"]
+    assert failed["bad"] == "not today"
+    assert failed["missing"].endswith("is missing: run `make reproduce EXPERIMENT=lone` first.")
+    assert "MISSED" in capsys.readouterr().out
+
+
+def test_exit_code_and_file_follow_errors_not_targets(tmp_path, monkeypatch):
+    monkeypatch.setattr(command.report, "machine", lambda: {"cores": 1})
+    monkeypatch.setattr(recorded, "pipeline", lambda settings: {"x": Reading(2, target="<= 1", spread=(1, 3))})
+    assert command.main(["pipeline", "--folder", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["targets"]["x"].items() >= {"value": 2, "target": "<= 1", "met": False, "spread": [1, 3]}.items()
+    assert written["machine"] == {"cores": 1}
+    monkeypatch.setattr(recorded, "pipeline", lambda settings: 1 / 0)
+    assert command.main(["pipeline", "--folder", str(tmp_path)]) == 1
+    assert json.loads((tmp_path / "results.json").read_text())["failed"] == {"pipeline": "division by zero"}
+
+
+def test_everything_written_is_plain_json():
+    reading = Reading(1.5, target=">= 1", details={"seconds": {"start": 1.0}, 20: 3.0})
+    assert json.loads(json.dumps(as_json({"a": reading}, {}, {})))["targets"]["a"]["met"] is True
+    assert any("seconds: start 1" in line for line in lines({"a": reading}))
+
+
+def test_recorded_measurements_are_read_back(tmp_path):
+    settings = Settings("config/digits.yaml", folder=tmp_path)
+    assert recorded.pipeline(settings) == recorded.narrowing(settings) == {}
+    found = {"when": "2030-01-01", "machine": {"processors": {"cpu": "P"}}, "cores": 2, "seconds": 1200, "outside": 0.2}
+    (tmp_path / "pipeline.json").write_text(json.dumps(found | {"definition": "idle"}))
+    (tmp_path / "narrowing.csv").write_text(
+        "query,evaluations_per_image,overlap200,overlap20,reference_overlap200,reference_overlap20\n"
+        "a,10,0.9,0.8,0.9,0.9\nb,14,0.9,0.8,0.9,0.9\n"
+    )
+    found = recorded.pipeline(settings) | recorded.narrowing(settings)
+    assert {name: reading.met for name, reading in found.items()} == {
+        "pipeline": True,
+        "pipeline-outside": False,
+        "narrowing-evaluations": True,
+        "narrowing-overlap200": True,
+        "narrowing-overlap20": False,
+    }
+
+
+def test_what_is_outside_computation_is_counted_from_the_timings(tmp_path):
+    for job, seconds in {"scan/base": 40, "scan/unlearn/q": 30, "figures/delta": 2}.items():
+        path = tmp_path / f"{job}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"s\th:m:s\n{seconds}\t0:00:40\n")
+    walls = pipeline.jobs(tmp_path)
+    assert walls == {"figures/delta": 2, "scan/base": 40, "scan/unlearn/q": 30}
+    # 35 + 25 + 0 seconds of 2 × 40 computed.
+    assert pipeline.outside(walls, 5, 40, 2) == pytest.approx(0.25)
+
+
+def test_a_real_bench_on_the_tiny_experiment(tiny, tmp_path):
+    from benchmarks import ours, plain
+    from tests.conftest import SETTINGS
+
+    config = tmp_path / "config" / "tiny.yaml"
+    config.parent.mkdir()
+    config.write_text(json.dumps(SETTINGS))
+    for side, request in ((plain, (0.0, 8)), (ours, (0.0,))):
+        units, seconds = side.scan(str(config), "cpu")(*request)
+        assert units > 0
+        assert seconds > 0
+    weights, rows = Settings(str(config)).weights(1)[1], np.array([0, 7, 30])
+    old, new = (side.losses(str(config), "cpu")(weights, rows) for side in (plain, ours))
+    assert old.shape == (3, 4)
+    assert abs(old - new).max() < 1e-5
