@@ -50,7 +50,7 @@ def losses(config: str, device: str):
         examples = np.repeat(rows, count)
         latents, captions = encoded.batch(examples), encoded.captions[encoded.caption_rows[rows]]
         captions = captions.repeat_interleave(count, dim=0)
-        noise = bank.of([encoded.image_ids[row] for row in rows], range(count))
+        noise = bank.of([encoded.image_ids[row] for row in rows], np.tile(np.arange(count), (len(rows), 1)))
         values = batched_losses(unet, scheduler, latents, captions, np.tile(bank.timesteps, len(rows)), noise)
         return values.reshape(len(rows), count)
 
