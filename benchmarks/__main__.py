@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.settings import Settings
-from forgetrace.artifacts import UserError, write_json
+from forgetrace.artifacts import UserError, read_json, write_json
 
 BENCHES = {
     "scan": "speed",
@@ -66,7 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no benchmark named {', '.join(sorted(unknown))} (there are {', '.join(BENCHES)})")
     benches = {name: getattr(import_module(f"benchmarks.{BENCHES[name]}"), name) for name in names}
     readings, failed = run(benches, settings := Settings(**options))
-    write_json(settings.folder / "results.json", report.as_json(readings, failed, report.machine()))
+    found = report.as_json(readings, failed, report.machine())
+    path = settings.folder / "results.json"
+    if len(names) < len(BENCHES) and path.exists():  # some were run again: keep what the others found
+        found["targets"] = read_json(path)["targets"] | found["targets"]
+    write_json(path, found)
     for name, reason in failed.items():
         print(f"benchmarks: {name} failed: {reason}", file=sys.stderr)
     return 1 if failed else 0

@@ -3,8 +3,8 @@
 The references are independent of each other and of the narrowed scan: each has its own (t, ε). What is asked:
 does a narrowed scan agree with a reference as well as another reference does, and how well does a plain scan of
 few draws? Writes ``narrowing.csv`` and ``draws.csv``, a row per query, for the queries whose references are
-there. A reference takes 100 evaluations per image and model; finished ones are kept, and one command per core,
-with different queries, may run side by side.
+there. A reference takes 100 evaluations per image and model; finished ones are kept in ``benchmarks/references``, and
+one command per core, with different queries, may run side by side.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from forgetrace.artifacts import read_array, write_array
+from forgetrace.artifacts import fingerprint, read_array, sha256_of, stage_versions, write_array
 from forgetrace.attribution.narrowing import balanced_means, narrow
 from forgetrace.attribution.scan import scan_losses, scan_noise
 from forgetrace.config import Narrowing
@@ -45,13 +45,19 @@ class Scans:
         timesteps = even_timesteps(seed, purpose, DRAWS, length)
         return NoiseBank(seed, purpose, timesteps, tuple(self.encoded.latents.shape[1:]))
 
-    def file(self, model: str, purpose: str) -> Path:
-        """Where a model's losses (N, DRAWS) are kept."""
-        return self.folder / f"{model}-{purpose}.npy"
+    def weights(self, model: str) -> str:
+        """The weights of θ0, or those that unlearned a query."""
+        return self.layout.weights if model == BASE else self.layout.unlearned(self.variant, model)["weights"]
+
+    def file(self, model: str, bank: NoiseBank) -> Path:
+        """Where a model's losses (N, T) under a bank are kept; the name says what they hang on."""
+        made_of = [sha256_of(self.layout.weights), sha256_of(self.weights(model)), sha256_of(self.layout.latents)]
+        key = fingerprint([*made_of, bank.seed, bank.purpose, bank.timesteps.tolist(), stage_versions("scan")])
+        return self.folder / f"{model}-{key[:16]}.npy"
 
     def full(self, model: str, bank: NoiseBank) -> np.ndarray:
         """Losses of all images under all draws, (N, T)."""
-        path = self.file(model, bank.purpose)
+        path = self.file(model, bank)
         if not path.exists():
             losses = self.empty(bank)
             self.fill(model, bank, losses)
@@ -68,8 +74,7 @@ class Scans:
 
     def scanner(self, model: str, bank: NoiseBank, losses: np.ndarray):
         """The function that fills in losses of given images and draws."""
-        changed = None if model == BASE else self.layout.unlearned(self.variant, model)["weights"]
-        unet = for_inference(load_unet(self.layout, self.device, changed=changed))
+        unet = for_inference(load_unet(self.layout, self.device, changed=self.weights(model)))
         batch = self.layout.config.scan.batch_size
 
         def evaluate(rows: np.ndarray, draws: np.ndarray | None) -> None:
@@ -132,7 +137,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     layout = load_layout(options.config)
-    scans = Scans(layout, options.variant, Path("results", layout.name, "checkpoints", "references"))
+    scans = Scans(layout, options.variant, Path("benchmarks", "references"))
     for query in options.queries:
         increases(scans, query)
     present = [

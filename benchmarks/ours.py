@@ -68,7 +68,7 @@ def fisher(config: str, device: str):
     return partial(timed, piece)
 
 
-def training(config: str, device: str, precision: str, compiled: bool = False):
+def training(config: str, device: str, precision: str):
     """Optimiser steps: the difference between a longer and a shorter training, which cost the same to begin."""
     layout = load_layout(config)
     encoded, more = load_encoded(layout), 8
@@ -76,7 +76,7 @@ def training(config: str, device: str, precision: str, compiled: bool = False):
 
     def run(steps: int) -> float:
         start = time.perf_counter()
-        train(_short(layout, steps, precision, compiled), encoded, everything, device)
+        train(_short(layout, steps, precision), encoded, everything, device)
         synchronise()
         return time.perf_counter() - start
 
@@ -89,10 +89,9 @@ def training(config: str, device: str, precision: str, compiled: bool = False):
     return work
 
 
-def _short(layout: Layout, steps: int, precision: str, compiled: bool) -> Layout:
+def _short(layout: Layout, steps: int, precision: str) -> Layout:
     """The experiment with a training of so few steps that it leaves no checkpoint."""
     changes = {"steps": steps, "warmup_steps": 1, "checkpoint_every": steps, "precision": precision, "threads": 1}
-    changes["compile"] = compiled
     config = layout.config.model_copy(update={"train": layout.config.train.model_copy(update=changes)})
     return Layout(layout.name, config)
 

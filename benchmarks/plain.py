@@ -16,6 +16,8 @@ from forgetrace.diffusion.model import build_scheduler, build_unet, load_schedul
 from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import load_layout
 
+torch.backends.cudnn.allow_tf32 = False  # fp32 on a GPU too, as matrix products are by default
+
 
 def scan(config: str, device: str):
     """Evaluations of θ0 on images × timesteps, fresh noise for every batch; the work takes the batch size."""

@@ -38,20 +38,20 @@ def fisher(settings: Settings) -> dict[str, Reading]:
 
 def training(settings: Settings) -> dict[str, Reading]:
     """Optimiser steps/s: one training, and on two cores two of them against one with two threads."""
-    from forgetrace.diffusion.device import native_bf16
+    from forgetrace.diffusion.device import native_bf16, resolve_precision
 
     config, readings = settings.encoded(), {}
-    own = settings.layout.config.train.precision
-    cases = [("fp32", "cpu", "fp32", 1, False)]
-    cases += [("pair", "cpu", own, 2, False)] if cores() > 1 else []
-    cases += [(name, device, "fp32", 1, False) for name, device, _ in settings.accelerators]
-    for device in devices():
-        name = "" if device == "cpu" else f"{device}-"
-        precision = "bf16" if native_bf16(torch.device(device)) else "fp32"
-        cases += [(f"{name}bf16", device, precision, 1, False)] if precision == "bf16" else []
-        cases += [(f"{name}{precision}-compiled", device, precision, 1, True)]
-    for name, device, precision, count, compiled in cases:
-        sides = (plain.training, config, device), (ours.training, config, device, precision, compiled)
+    own = resolve_precision(settings.layout.config.train.precision, torch.device("cpu"))
+    cases = [("fp32", "cpu", "fp32", 1)]
+    cases += [("pair", "cpu", own, 2)] if cores() > 1 else []
+    cases += [(name, device, "fp32", 1) for name, device, _ in settings.accelerators]
+    cases += [
+        ("bf16" if device == "cpu" else f"{device}-bf16", device, "bf16", 1)
+        for device in devices()
+        if native_bf16(torch.device(device))
+    ]
+    for name, device, precision, count in cases:
+        sides = (plain.training, config, device), (ours.training, config, device, precision)
         how = {"unit": "steps", "precision": precision}
         readings[f"training-{name}"] = versus(settings, *sides, ">= 1.8", count, count, **how)
     return readings

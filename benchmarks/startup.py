@@ -1,5 +1,6 @@
 """Seconds until a command does something."""
 
+import statistics
 import subprocess
 import sys
 import time
@@ -18,9 +19,10 @@ def startup(settings: Settings) -> dict[str, Reading]:
     """Wall time of ``forgetrace --help`` and of the imports of two stages, in fresh interpreters."""
     readings = {}
     for name, (arguments, target) in COMMANDS.items():
-        seconds = sorted(elapsed([sys.executable, *arguments]) for _ in range(settings.repeats + 1))
-        seconds.pop()  # the first run reads the files from the disk
-        readings[f"startup-{name}"] = Reading(seconds[len(seconds) // 2], "s", target, quartiles(seconds))
+        _, *seconds = (
+            elapsed([sys.executable, *arguments]) for _ in range(settings.repeats + 1)
+        )  # the first reads files
+        readings[f"startup-{name}"] = Reading(statistics.median(seconds), "s", target, quartiles(seconds))
     return readings
 
 

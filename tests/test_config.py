@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from forgetrace.artifacts import UserError
-from forgetrace.config import Config, ImageQuery, PoolQueries, Train, load_config, parse_config
+from forgetrace.config import Config, ImageQuery, Narrowing, PoolQueries, Scan, Train, load_config, parse_config
 
 MINIMAL = {"score": {"methods": {"random": {}}}}
 
@@ -167,3 +167,9 @@ def test_a_binary_config_is_one_sentence(tmp_path, content):
     (tmp_path / "x.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"x.yaml is not valid YAML"):
         load_config(tmp_path / "x.yaml")
+
+
+def test_an_option_younger_than_finished_results_is_no_part_of_them_while_it_is_off():
+    without, narrowed = Scan(), Scan(narrowing=Narrowing())
+    assert "narrowing" not in without.model_dump(mode="json")
+    assert narrowed.model_dump(mode="json")["narrowing"]["first"] == 6

@@ -148,9 +148,9 @@ def write_array(path: str | Path, array: np.ndarray) -> None:
 
 
 def read_array(path: str | Path, mmap: bool = False) -> np.ndarray:
-    """Read a ``.npy``; with ``mmap`` its data stay on disk until indexed."""
+    """Read a ``.npy``; with ``mmap`` its data stay on disk until indexed, and what is written stays in memory."""
     with _readable(path):
-        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        return np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], made_by: Mapping) -> None:

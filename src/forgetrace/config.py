@@ -18,6 +18,7 @@ NAME = r"^[a-z0-9]([a-z0-9_.-]*[a-z0-9])?$"
 Name = Annotated[str, Field(pattern=NAME)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+STEP = 4  # draws by which a narrowed scan goes on
 SEED_SET = "seed"  # the "method" of retrainings on all of D: only the training seed differs
 RANDOM = "random"
 
@@ -87,12 +88,6 @@ class Train(Section):
     )
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "auto", description="Training precision; auto takes bf16 where the hardware multiplies it natively."
-    )
-    compile: bool = Field(
-        False,
-        description="Compile the model with torch.compile: minutes the first time on a machine, then faster steps; "
-        "on a CPU it needs a C++ compiler.",
-        exclude_if=_unused,
     )
     threads: Positive = Field(1, description="CPU threads of one training; the same for θ0 and retrainings.")
     snapshots: Positive = Field(4, description="Evenly spaced snapshots kept with their learning rates.")
@@ -171,9 +166,11 @@ class Variant(Section):
 class Narrowing(Section):
     """A scan with few draws for most images and many for those whose place in the ranking is in doubt."""
 
-    first: Positive = Field(6, description="Draws of (t, ε) every image gets.")
-    mean: float = Field(12, gt=0, description="Draws per image on average, when the scan of a query ends.")
-    most: Positive = Field(100, description="Draws an image gets at most; θ0 is scanned with all of them.")
+    first: int = Field(6, ge=2, description="Draws of (t, ε) every image gets.")
+    mean: float = Field(12.4, gt=0, description="Draws per image on average, when the scan of a query ends.")
+    most: Positive = Field(
+        98, description=f"Draws an image gets at most, in steps of {STEP} after the first; θ0 is scanned with all."
+    )
     tops: list[Positive] = Field(
         [20, 200], min_length=1, description="The ranks at which it matters who stands above; every K of retrain."
     )
@@ -181,14 +178,16 @@ class Narrowing(Section):
     @model_validator(mode="after")
     def _grows(self):
         if not self.first <= self.mean <= self.most:
-            raise ValueError("first, mean and most must not fall")
+            raise ValueError(f"give first <= mean <= most (here {self.first}, {self.mean:g}, {self.most})")
+        if (self.most - self.first) % STEP:
+            raise ValueError(f"most - first must be a multiple of {STEP}, the draws of a step")
         return self
 
 
 class Scan(Section):
     """Loss per training image and timestep."""
 
-    timesteps: Positive = Field(20, description="Evenly spaced timesteps, from 0; unused with narrowing.")
+    timesteps: Positive = Field(20, description="Evenly spaced timesteps, from 0; not with narrowing.")
     narrowing: Narrowing | None = Field(
         None,
         description="Many draws for images whose place in the ranking is in doubt, few for the rest; without it "
@@ -199,6 +198,17 @@ class Scan(Section):
         "shared", description="One noise per timestep for all images, or one per image and timestep."
     )
     batch_size: Positive = Field(250, description="UNet evaluations at once; does not change the result.")
+
+    @model_validator(mode="after")
+    def _one_of(self):
+        if self.narrowing and "timesteps" in self.model_fields_set:
+            raise ValueError("timesteps has no effect with narrowing: remove it")
+        return self
+
+    def of_base(self) -> dict:
+        """The settings θ0's scan hangs on: of narrowing, only how many draws there can be."""
+        settings = self.model_dump(mode="json", exclude={"narrowing", "batch_size"})
+        return settings | ({"most": self.narrowing.most} if self.narrowing else {})
 
 
 class Method(Section):
@@ -272,7 +282,7 @@ class Config(Section):
             if len(set(values)) != len(values):
                 raise ValueError(f"retrain.{key}: an entry occurs twice")
         for key, count in (
-            ("scan.timesteps", self.scan.timesteps),
+            ("scan.timesteps", 0 if self.scan.narrowing else self.scan.timesteps),
             ("synthesize.sampler_steps", self.synthesize.sampler_steps),
         ):
             if count > self.train.timesteps:

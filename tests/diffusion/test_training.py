@@ -1,4 +1,3 @@
-import functools
 import logging
 import math
 import os
@@ -18,7 +17,7 @@ from forgetrace.diffusion.base import train_base
 from forgetrace.diffusion.draws import draw_step
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import build_scheduler, build_unet
-from forgetrace.diffusion.training import Training, learning_rate, train, training_key
+from forgetrace.diffusion.training import Training, learning_rate, train
 from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import Layout
 
@@ -313,27 +312,3 @@ def test_two_processes_train_the_same_weights_and_one_of_them_writes(tiny):
     for name, weight in read_tensors(tiny.weights).items():
         torch.testing.assert_close(weight, single[name], rtol=1e-3, atol=1e-4, msg=name)
     np.testing.assert_allclose(pd.read_csv(tiny.curve)["loss"], curve["loss"], rtol=1e-4)
-
-
-def test_a_compiled_training_is_the_same_training(tiny, monkeypatch):
-    """Traced and differentiated as inductor does it, but without its minutes of generating code."""
-    eager, _, _ = run(tiny, name="eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    compiled, curve, record = run(with_recipe(tiny, compile=True), name="compiled")
-    assert compiled.keys() == eager.keys()
-    for name, weight in compiled.items():
-        torch.testing.assert_close(weight, eager[name], rtol=1e-3, atol=1e-5, msg=name)
-    assert record["key"] != training_key(tiny, Training("eager", 5, NONE), "fp32")
-    assert len(curve) == 8
-
-
-def test_an_option_younger_than_finished_results_changes_nothing_while_it_is_off(tiny):
-    assert "compile" not in tiny.config.train.model_dump()
-    assert "narrowing" not in tiny.config.scan.model_dump(mode="json")
-    assert with_recipe(tiny, compile=True).config.train.model_dump()["compile"] is True
-
-
-def test_without_a_compiler_the_message_says_what_to_do(tiny, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(UserError, match="install g\\+\\+ or clang\\+\\+"):
-        run(with_recipe(tiny, compile=True), name="compiled")

@@ -69,3 +69,13 @@ def test_a_users_own_image_is_measured_but_not_regenerated(checkout):
     assert planned["measure"] == 2
     assert planned["measure_own_image"] == 1
     assert planned["retrain_own_image"] == 2
+
+
+def test_a_narrowed_scan_waits_for_the_base_models(checkout):
+    config = (ROOT / "config/smoke.yaml").read_text(encoding="utf-8")
+    rounds = "narrowing: {first: 2, mean: 3, most: 6, tops: [20]}"
+    (checkout.folder / "narrowed.yaml").write_text(config.replace("timesteps: 4", rounds))
+    planned = checkout("snakemake", "-n", "all_scan", "--configfile", "narrowed.yaml").stdout
+    jobs = [job for job in planned.split("rule ") if job.startswith("scan:")]
+    assert jobs
+    assert all("results/narrowed/scan/base.npz" in job.partition("output:")[0] for job in jobs)

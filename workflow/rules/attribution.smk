@@ -94,7 +94,7 @@ rule scan_base:
         gpu=1,
     params:
         config=CONFIG_FILE,
-        shaped_by=shaped_by("scan", "scan", "seed"),
+        shaped_by=shaped_by("scan", "seed", scan=layout.config.scan.of_base()),
     shell:
         "forgetrace scan --config {params.config:q} --threads {threads} --device auto > {log:q} 2>&1"
 

@@ -5,6 +5,9 @@ K, who is shown. An image far from these boundaries needs few draws. After a fir
 gives more draws to those whose mean lies fewest standard errors from a boundary, until the budget is spent
 (in the spirit of the fixed-budget allocation of Chen, He, Fu and Lee 2008, OCBA-m; no probability of error is
 claimed). Every image goes through the draws in the same order, so two images share those they both had.
+
+Only who is above the boundaries is meant to be used. Images are chosen by their noise as much as by their score, so
+the scores of those with many draws are not on one scale with those of the rest.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,10 +15,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from forgetrace.artifacts import UserError
-from forgetrace.config import Narrowing
+from forgetrace.config import STEP, Narrowing
 
-STEP, GROUP = 4, 50  # draws more per round, for at least so many images: a batch of 200 evaluations
-SWEEPS = 4
+GROUP = 50  # images of a round, at least: with STEP draws a batch of 200 evaluations
+PRIOR_DRAWS, NEIGHBOURS, SWEEPS = 10, 25, 4
 
 
 def narrow(
@@ -30,8 +33,12 @@ def narrow(
         evaluate: fills in ``after`` where it is missing, for images (n,) and the draws (n, w) of each.
 
     Raises:
-        UserError: a loss is NaN or infinite.
+        UserError: a loss is NaN or infinite, or a boundary is not below N.
     """
+    if max(settings.tops) >= len(after):
+        raise UserError(f"scan.narrowing.tops: {max(settings.tops)} is not less than the {len(after)} training images.")
+    if not np.isfinite(before).all():
+        raise UserError("The scan of θ0 holds losses that are missing or not finite: delete it and run again.")
     known, there = np.zeros(after.shape), np.zeros(after.shape)
     for rows, draws in _rounds(settings, known, there):
         evaluate(rows, draws)
@@ -51,30 +58,46 @@ def _rounds(settings: Narrowing, known: np.ndarray, there: np.ndarray) -> Iterat
     group = max(GROUP, images // 100)  # so that the number of rounds does not grow with N
     while had.sum() < settings.mean * images:
         last = had.max()
-        doubtful = _distance(_fit(known[:, :last], there[:, :last]), had, settings.tops)
-        doubtful[had + STEP > settings.most] = np.inf
-        rows = np.argsort(doubtful, kind="stable")[:group]
-        rows = np.sort(rows[np.isfinite(doubtful[rows])])
+        distances = _distances(known[:, :last], there[:, :last], settings.tops)
+        distances[:, had + STEP > settings.most] = np.inf
+        # Every boundary gets its share: the noise of the leaders, who differ most, is larger than that of the rest.
+        nearest = np.argsort(distances, axis=1, kind="stable")[:, : max(1, group // len(settings.tops))]
+        rows = np.unique(nearest[np.isfinite(np.take_along_axis(distances, nearest, axis=1))])
         if not len(rows):
             return
         yield rows, had[rows, None] + np.arange(STEP)
         had[rows] += STEP
 
 
-def _distance(means: np.ndarray, had: np.ndarray, tops: list[int]) -> np.ndarray:
-    """How far each mean is from the nearest boundary, in standard errors up to a common factor."""
-    falling = -np.sort(-means)
-    inside = [top for top in tops if top < len(means)]
-    boundaries = np.array([(falling[top - 1] + falling[top]) / 2 for top in inside])
-    if not len(boundaries):
-        return np.full(len(means), np.inf)
-    return np.abs(means[:, None] - boundaries).min(axis=1) * np.sqrt(had)
+def _distances(known: np.ndarray, there: np.ndarray, tops: list[int]) -> np.ndarray:
+    """Standard errors between each image's mean and each boundary; (N, T) and (N, T) -> (boundaries, N).
+
+    Noise grows with the score, a hundredfold over the images, but few draws tell little of an image's own: its variance
+    is pulled to the average one of the images ranked next to it, with the weight of some draws.
+    """
+    had, means = there.sum(axis=1), _fit(known, there)
+    draws = (known - there * means[:, None]).sum(axis=0) / np.maximum(there.sum(axis=0), 1)
+    squares = (there * (known - means[:, None] - draws) ** 2).sum(axis=1)
+    falling = np.argsort(-means, kind="stable")
+    usual = np.empty(len(means))
+    usual[falling] = _moving_average((squares / (had - 1))[falling], NEIGHBOURS)
+    errors = np.sqrt((PRIOR_DRAWS * usual + squares) / (PRIOR_DRAWS + had - 1) / had)
+    boundaries = np.array([means[falling[top - 1 : top + 1]].mean() for top in tops])
+    return np.abs(means - boundaries[:, None]) / np.maximum(errors, np.finfo(np.float32).tiny)
+
+
+def _moving_average(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean of each value and ``reach`` on either side, as far as there are any; (N,) -> (N,)."""
+    sums, places = np.concatenate([[0], np.cumsum(values)]), np.arange(len(values))
+    start, stop = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    return (sums[stop] - sums[start]) / (stop - start)
 
 
 def balanced_means(values: np.ndarray) -> np.ndarray:
-    """Mean of each image over its draws, freed of how its draws differ from those of others.
+    """Mean of each image over its draws, corrected for how its draws differ from those of others.
 
-    The least-squares fit of ``image + draw``, by alternating projections; the plain mean where nothing is missing.
+    Four alternating projections towards the least-squares fit of ``image + draw``; the plain mean where nothing is
+    missing. The fit itself would be no better: images with many draws were chosen for what the first ones said.
 
     Args:
         values: (N, T), NaN from the draw on that an image no longer had.

@@ -6,6 +6,7 @@ file beside the outputs as they come; a killed scan continues with the images th
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,17 +50,33 @@ def scan(layout: Layout, variant: str | None = None, query: str | None = None, d
     unet = for_inference(load_unet(layout, pick_device(device), changed=weights))
     bank = scan_noise(layout, encoded, scheduler)
     read = {"base": layout.weights, "weights": weights} | ({"before": layout.base_scan} if narrowed else {})
-    made_by = provenance(layout.config.digest_of("seed", "scan"), read)
+    shaping = settings.model_dump(mode="json") if narrowed else settings.of_base()
+    made_by = provenance({"seed": layout.config.seed, "scan": shaping}, read)
     key = fingerprint([made_by, sha256_of(layout.latents), stage_versions("scan")])
     partial = Path(layout.checkpoints("scan")) / f"{key}.npy"
     losses = _resumable(partial, (len(encoded), len(bank.timesteps)))
     evaluate = functools.partial(scan_losses, unet, scheduler, encoded, bank, losses, settings.batch_size)
-    if narrowed:
-        narrow(settings.narrowing, read_arrays(layout.base_scan)["losses"], losses, evaluate)
-    else:
-        evaluate()
+    total = settings.narrowing.mean * len(encoded) if narrowed else losses.size
+    with progress(total=round(total), unit="loss", what="scan", done=(~np.isnan(losses)).sum()) as bar:
+        if narrowed:
+            before = base_losses(layout, bank)
+            narrow(settings.narrowing, before, losses, functools.partial(evaluate, done=bar.update))
+        else:
+            evaluate(done=bar.update)
     write_arrays(output, {"losses": np.array(losses), "timesteps": bank.timesteps}, made_by)
     partial.unlink()
+
+
+def base_losses(layout: Layout, bank: NoiseBank) -> np.ndarray:
+    """Losses (N, T) of θ0 under a bank.
+
+    Raises:
+        UserError: θ0 was not scanned, or with other draws.
+    """
+    base = read_arrays(layout.base_scan)
+    if not np.array_equal(base["timesteps"], bank.timesteps):
+        raise UserError(f"{layout.base_scan} was scanned at other timesteps: delete it and scan θ0 again.")
+    return base["losses"]
 
 
 def scan_noise(layout: Layout, encoded: Encoded, scheduler: DDPMScheduler) -> NoiseBank:
@@ -82,6 +99,7 @@ def scan_losses(
     batch_size: int,
     rows: np.ndarray | None = None,
     draws: np.ndarray | None = None,
+    done: Callable[[int], object] = lambda losses: None,
 ) -> None:
     """Fill in losses that are not there yet.
 
@@ -94,6 +112,7 @@ def scan_losses(
         batch_size: UNet evaluations at once; does not change the result beyond rounding.
         rows: the images to scan, (n,), such as a shard of D; by default all.
         draws: the draws of each, (n, w); by default all.
+        done: told, as they come, how many losses there are more.
     """
     rows = np.arange(len(encoded)) if rows is None else rows
     draws = (
@@ -103,13 +122,12 @@ def scan_losses(
     # Images outermost: a batch then holds few captions, each projected to keys and values once.
     width = min(draws.shape[1], batch_size)
     block = batch_size // width
-    with progress(total=len(rows), unit="image", what="scan", done=len(rows) - len(missing)) as bar:
-        for start in range(0, len(missing), block):
-            part = missing[start : start + block]
-            for first in range(0, draws.shape[1], width):
-                some = draws[part, first : first + width]
-                losses[rows[part, None], some] = _losses(unet, scheduler, encoded, bank, rows[part], some)
-            bar.update(len(part))
+    for start in range(0, len(missing), block):
+        part = missing[start : start + block]
+        for first in range(0, draws.shape[1], width):
+            some = draws[part, first : first + width]
+            losses[rows[part, None], some] = _losses(unet, scheduler, encoded, bank, rows[part], some)
+            done(some.size)
 
 
 def _losses(

@@ -20,13 +20,15 @@ class Unlearning(Attributor):
 
     @classmethod
     def check(cls, config: Config, method: str) -> None:
-        """The variant must be one of the section ``unlearn``."""
+        """The variant must be one of the section ``unlearn``, the score one that a narrowed scan serves."""
         variant = config.score.methods[method].variant or method
         if variant not in config.unlearn:
             raise UserError(
                 f"score.methods.{method}: the section 'unlearn' has no variant '{variant}' "
                 f"(it has {', '.join(config.unlearn) or 'none'})."
             )
+        if config.scan.narrowing and config.score.methods[method].score != "difference":
+            raise UserError(f"score.methods.{method}: scan.narrowing spends its draws by score: difference.")
 
     def inputs(self, query: str) -> list[str]:
         """The scan of θ0 and the one of the unlearned weights."""

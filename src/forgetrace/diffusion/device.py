@@ -4,7 +4,6 @@ import ctypes
 import functools
 import os
 import platform
-import shutil
 from pathlib import Path
 
 import torch
@@ -49,15 +48,6 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Else every new tensor is filled first, to show reads of uninitialised memory: a twentieth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise ``UserError`` where ``torch.compile`` would find no C++ compiler; on a GPU it needs none."""
-    candidates = (os.environ.get("CXX", ""), "g++", "clang++")
-    if device.type == "cpu" and not any(map(shutil.which, candidates)):
-        raise UserError(
-            "train.compile needs a C++ compiler on a CPU: install g++ or clang++, or set train.compile: false."
-        )
 
 
 def native_bf16(device: torch.device) -> bool:

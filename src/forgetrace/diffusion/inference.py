@@ -29,7 +29,8 @@ def for_inference(unet: UNet2DConditionModel) -> UNet2DConditionModel:
         The same model.
     """
     unet.set_attn_processor(SharedCaptionAttention())
-    if next(unet.parameters()).device.type == "cpu" and torch.backends.mkldnn.is_available():
+    weight = next(unet.parameters())
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         _exchange(unet)
     return unet
 

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgetrace.artifacts import UserError, atomic, fingerprint, read_json, stage_versions, write_tensors
 from forgetrace.config import Train
-from forgetrace.diffusion.device import check_compiler, make_deterministic, pick_device, resolve_precision
+from forgetrace.diffusion.device import make_deterministic, pick_device, resolve_precision
 from forgetrace.diffusion.draws import draw_step
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import build_scheduler, build_unet
@@ -95,8 +95,7 @@ def train(
         The averaged (EMA) weights, the curve (step, loss, learning_rate) and a record of the run.
 
     Raises:
-        UserError: the batch cannot be split between the processes, the loss is not finite, or there is no
-            compiler for ``compile``.
+        UserError: the batch cannot be split between the processes, or the loss is not finite.
     """
     recipe = layout.config.train
     torch.set_num_threads(recipe.threads)
@@ -108,8 +107,6 @@ def train(
             f"train.batch_size = {recipe.batch_size} cannot be split evenly between "
             f"{accelerator.num_processes} processes."
         )
-    if recipe.compile:
-        check_compiler(target)
     make_deterministic()
     loop = _Loop(layout, encoded, training, accelerator, precision)
     loop.resume(snapshots)
@@ -145,8 +142,6 @@ class _Loop:
         )
         self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
         self.captions = encoded.captions.to(accelerator.device)
-        # Called through the compiled model; weights are read from and checkpointed as the bare one's.
-        self.forward = torch.compile(self.unet) if recipe.compile else self.unet
         # In bf16 on a CPU the fused attention kernel's backward takes half of the step.
         math_attention = precision == "bf16" and accelerator.device.type == "cpu"
         self.attention = (lambda: sdpa_kernel(SDPBackend.MATH)) if math_attention else contextlib.nullcontext
@@ -161,7 +156,7 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with self.attention():
-            loss = example_losses(self.forward, self.scheduler, rows, captions, timesteps, noise).mean()
+            loss = example_losses(self.unet, self.scheduler, rows, captions, timesteps, noise).mean()
             self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.unet.parameters(), self.recipe.gradient_clip)
         self.optimizer.step()

@@ -16,7 +16,8 @@ class Encoded:
     Attributes:
         image_ids: N stable ids.
         latents: memory-mapped array (N, C, H, W), float32.
-        captions: token states (distinct captions + 1, tokens, width), float32; the last is the empty caption.
+        captions: token states (distinct captions + 1, tokens, width), float32, memory-mapped; the last is the empty
+            caption.
         caption_rows: row of ``captions`` of each image, shape (N,), int64.
     """
 
@@ -58,6 +59,6 @@ def load_encoded(layout: Layout) -> Encoded:
     return Encoded(
         image_ids=index["image_id"].tolist(),
         latents=read_array(layout.latents, mmap=True),
-        captions=torch.from_numpy(read_array(layout.captions)),
+        captions=torch.from_numpy(read_array(layout.captions, mmap=True)),
         caption_rows=torch.from_numpy(index["caption_row"].to_numpy(np.int64, copy=True)),
     )
