@@ -55,6 +55,11 @@ class Scans:
         key = fingerprint([*made_of, bank.seed, bank.purpose, bank.timesteps.tolist(), stage_versions("scan")])
         return self.folder / f"{model}-{key[:16]}.npy"
 
+    def judgeable(self, query: str) -> bool:
+        """Whether a query's references are there."""
+        files = [self.file(query, self.bank(purpose)) for purpose in REFERENCES if Path(self.weights(query)).exists()]
+        return bool(files) and all(path.exists() for path in files)
+
     def full(self, model: str, bank: NoiseBank) -> np.ndarray:
         """Losses of all images under all draws, (N, T)."""
         path = self.file(model, bank)
@@ -140,9 +145,7 @@ def main() -> None:
     scans = Scans(layout, options.variant, Path("benchmarks", "references"))
     for query in options.queries:
         increases(scans, query)
-    present = [
-        query for query in layout.config.queries() if all(scans.file(query, purpose).exists() for purpose in REFERENCES)
-    ]
+    present = [query for query in layout.config.queries() if scans.judgeable(query)]
     rows = [judged(scans, query, Narrowing()) for query in present]
     pd.DataFrame(rows).round(4).to_csv(options.folder / "narrowing.csv", index=False)
     noise = [row for query in present for row in noise_of_plain_scans(scans, query)]

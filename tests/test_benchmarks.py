@@ -2,16 +2,18 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import pipeline, recorded
+from benchmarks import narrowing, pipeline, recorded
 from benchmarks.report import Reading, as_json, lines, ratio
 from benchmarks.settings import Settings
 from benchmarks.workers import fastest, interleave, rate, team, timed
 from forgetrace.artifacts import UserError
+from forgetrace.config import Narrowing
 
 
 def stub(speed: float):
@@ -160,3 +162,21 @@ def test_a_real_bench_on_the_tiny_experiment(tiny, tmp_path):
     old, new = (side.losses(str(config), "cpu")(weights, rows) for side in (plain, ours))
     assert old.shape == (3, 4)
     assert abs(old - new).max() < 1e-5
+
+
+def test_a_narrowed_scan_is_judged_by_references_that_are_kept_until_the_weights_change(tiny, monkeypatch):
+    monkeypatch.setattr(narrowing, "DRAWS", 12)
+    monkeypatch.setattr(narrowing, "TOPS", (10, 3))
+    scans = narrowing.Scans(tiny, "unlearn", Path("references"))
+    assert not scans.judgeable("report-00")
+    row = narrowing.judged(scans, "report-00", Narrowing(first=2, mean=4, most=10, tops=[3, 10]))
+    assert row["query"] == "report-00"
+    assert 4 <= row["evaluations_per_image"] <= 10
+    assert all(0 <= row[f"{kind}{top}"] <= 1 for kind in ("overlap", "reference_overlap") for top in (10, 3))
+    assert scans.judgeable("report-00")
+    monkeypatch.setattr(narrowing, "scan_losses", lambda *arguments: pytest.fail("scanned again"))
+    first, second = narrowing.increases(scans, "report-00")
+    assert not np.array_equal(first, second)
+    assert not np.isnan(first).any()
+    Path(tiny.unlearned("unlearn", "mine")["weights"]).replace(tiny.unlearned("unlearn", "report-00")["weights"])
+    assert not scans.judgeable("report-00")
