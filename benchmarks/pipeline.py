@@ -4,6 +4,7 @@ The results in git are removed first: a retraining that recognises its own finis
 """
 
 import argparse
+import contextlib
 import datetime
 import os
 import shutil
@@ -44,9 +45,9 @@ def outside(jobs: Mapping[str, float], imports: float, seconds: float, cores: in
     return 1 - computing / (cores * seconds)
 
 
-def measure(root: Path, experiment: str) -> dict:
-    """Clone, install, run and time the experiment."""
-    with tempfile.TemporaryDirectory() as folder:
+def measure(root: Path, experiment: str, keep: str | None = None) -> dict:
+    """Clone, install, run and time the experiment, in a folder to ``keep`` or one that is removed afterwards."""
+    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "--quiet", str(root), folder], check=True)
         make = ["make", f"EXPERIMENT={experiment}"]
         # The clone has an environment and package of its own.
@@ -68,8 +69,9 @@ def main() -> int:
     """Measure and write ``pipeline.json``."""
     parser = argparse.ArgumentParser(prog="benchmarks.pipeline", description=__doc__)
     parser.add_argument("--experiment", default="digits", help="name of a config")
-    folder = Path(__file__).parent
-    found = measure(folder.parent, parser.parse_args().experiment)
+    parser.add_argument("--keep", metavar="FOLDER", help="clone to this folder and leave it there")
+    folder, options = Path(__file__).parent, parser.parse_args()
+    found = measure(folder.parent, options.experiment, options.keep)
     write_json(folder / "pipeline.json", found)
     print(
         f"{found['seconds'] / 60:.1f} minutes, {found['outside']:.1%} outside computation; see benchmarks/pipeline.json"
