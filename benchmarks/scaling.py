@@ -66,7 +66,7 @@ def _coco(settings: Settings, folder: str) -> dict[str, Reading]:
         peak = worker.call(None)
     all_captions = COCO * TOKENS * WIDTH * 4 / 2**30
     how = {"streaming_seconds": time.perf_counter() - start}
-    how["note"] = f"{PROMPTS} distinct captions; one for each image would take {all_captions:.0f} GB in memory"
+    how["note"] = f"{PROMPTS} distinct captions; one for each image would take {all_captions:.0f} GB on disk"
     readings = {"coco-memory": Reading(peak, "GB", "<= 4", None, how)}
     for device, processes in [("cpu", cores()), *((device, 1) for _, device, _ in settings.accelerators)]:
         layout = _layout(settings, COCO)
