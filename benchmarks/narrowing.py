@@ -38,6 +38,7 @@ class Scans:
         self.layout, self.variant, self.folder = layout, variant, folder
         self.encoded, self.scheduler = load_encoded(layout), load_scheduler(layout)
         self.device = pick_device("auto")
+        self.common = [sha256_of(layout.weights), sha256_of(layout.latents)]  # of every name; read in full, so once
 
     def bank(self, purpose: str) -> NoiseBank:
         """A reference's noise."""
@@ -51,7 +52,8 @@ class Scans:
 
     def file(self, model: str, bank: NoiseBank) -> Path:
         """Where a model's losses (N, T) under a bank are kept; the name says what they hang on."""
-        made_of = [sha256_of(self.layout.weights), sha256_of(self.weights(model)), sha256_of(self.layout.latents)]
+        base, latents = self.common
+        made_of = [base, sha256_of(self.weights(model)), latents]
         key = fingerprint([*made_of, bank.seed, bank.purpose, bank.timesteps.tolist(), stage_versions("scan")])
         return self.folder / f"{model}-{key[:16]}.npy"
 
@@ -65,17 +67,13 @@ class Scans:
         path = self.file(model, bank)
         if not path.exists():
             losses = self.empty(bank)
-            self.fill(model, bank, losses)
+            self.scanner(model, bank, losses)(np.arange(len(losses)), None)
             write_array(path, losses)
         return read_array(path)
 
     def empty(self, bank: NoiseBank) -> np.ndarray:
         """Nothing scanned yet."""
         return np.full((len(self.encoded), len(bank.timesteps)), np.nan, dtype=np.float32)
-
-    def fill(self, model: str, bank: NoiseBank, losses: np.ndarray) -> None:
-        """Scan what is missing."""
-        self.scanner(model, bank, losses)(np.arange(len(losses)), None)
 
     def scanner(self, model: str, bank: NoiseBank, losses: np.ndarray):
         """The function that fills in losses of given images and draws."""

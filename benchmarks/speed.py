@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks import ours, plain
+from benchmarks.narrowing import overlap
 from benchmarks.report import Reading, quartiles, ratio
 from benchmarks.settings import Settings
 from benchmarks.workers import Worker, cores, devices, fastest, interleave, rate, team
@@ -107,8 +108,7 @@ def _agreement(settings: Settings, config: str) -> dict[str, Reading]:
     ranks, overlaps = [], []
     for old, new in zip(*scores, strict=True):
         ranks.append(float(spearmanr(old, new).statistic))
-        best = [set(np.argsort(-values, kind="stable")[:top]) for values in (old, new)]
-        overlaps.append(len(best[0] & best[1]) / top)
+        overlaps.append(overlap(old, new, top))
     how = {"images": len(rows), "top": top}
     return {
         "scan-spearman": Reading(min(ranks), "", ">= 0.999", None, how | {"by_query": ranks}),
