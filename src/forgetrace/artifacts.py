@@ -204,6 +204,15 @@ def read_table(path: str | Path) -> "pd.DataFrame":
         return pd.read_csv(path) if Path(path).suffix == ".csv" else pd.read_parquet(path)
 
 
+def read_table_provenance(path: str | Path) -> dict:
+    """The provenance a ``.parquet`` file was written with; empty where it has none."""
+    from pyarrow import parquet
+
+    with _readable(path):
+        attributes = (parquet.read_schema(path).metadata or {}).get(b"PANDAS_ATTRS", b"{}")
+        return json.loads(attributes).get("provenance", {})
+
+
 def write_image(path: str | Path, pixels: np.ndarray) -> None:
     """Write pixels of shape (height, width, 3), uint8, as an uncompressed PNG.
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from forgetrace.artifacts import UserError
-from forgetrace.attribution.registry import check_methods, describe
+from forgetrace.attribution.registry import all_features, attributor, check_methods, describe
 from forgetrace.layout import Layout, load_layout
 
 app = typer.Typer(
@@ -93,10 +93,25 @@ def synthesize(config: ConfigPath, query: QueryName, threads: Threads = None, de
 
 
 @app.command()
-def fit(config: ConfigPath, threads: Threads = None, device: Device = "auto") -> None:
-    """Estimate the Fisher information of the training loss at θ0."""
+def fit(
+    config: ConfigPath,
+    features: Annotated[
+        str | None, typer.Option(help="Compute these features of the training images; without it the Fisher.")
+    ] = None,
+    threads: Threads = None,
+    device: Device = "auto",
+) -> None:
+    """Compute once per model what methods need: Fisher information, features of the training images."""
     layout = _experiment(config)
+    known = all_features(layout, device)
+    if features is not None and features not in known:
+        raise UserError(
+            f"--features {features}: no method of {config} needs them (it has {', '.join(known) or 'none'})."
+        )
     _use(threads)
+    if features is not None:
+        known[features].fit()
+        return
     from forgetrace.curvature.fit import fit
 
     fit(layout, device)
@@ -164,27 +179,32 @@ def scan(
 def score(  # noqa: D103 - its help is built from the registry
     config: ConfigPath,
     method: Annotated[str, typer.Option(help="A method of the config's section score.")],
-    query: QueryName,
+    query: Annotated[str | None, typer.Option(help="Name of a query; by default all that are not scored.")] = None,
+    threads: Threads = None,
+    device: Device = "auto",
 ) -> None:
     layout = _experiment(config, query)
+    attributor(layout, method)
+    _use(threads)
     from forgetrace.attribution.score import score
 
-    score(layout, method, query)
+    score(layout, method, query, device)
 
 
 @app.command()
 def retrain(
     config: ConfigPath,
-    method: Annotated[str, typer.Option(help="A method of retrain.methods, random, or seed.")],
-    k: Annotated[int, typer.Option(help="Images to leave out (0 for seed).")],
-    member: Annotated[str, typer.Option(help="A query, or draw<i> for random and seed.")],
+    method: Annotated[str, typer.Option(help="A method of the experiment, random, seed, or half.")],
+    k: Annotated[int, typer.Option(help="Images to leave out (0 for seed and half).")],
+    member: Annotated[str, typer.Option(help="A query, draw<i> for random, seed and half, or pool<i>.")],
     device: Device = "auto",
 ) -> None:
     """Train a leave-K-out model from scratch, and measure it where it belongs to one query."""
     layout = _experiment(config)
-    from forgetrace.counterfactual.retrain import retrain
+    from forgetrace.counterfactual import retrain
 
-    retrain(layout, method, k, member, device)
+    at_once = (method, k, member) in layout.half_models() + layout.pooled_models()
+    (retrain.retrain_measured if at_once else retrain.retrain)(layout, method, k, member, device)
 
 
 @app.command()

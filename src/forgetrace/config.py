@@ -18,14 +18,21 @@ NAME = r"^[a-z0-9]([a-z0-9_.-]*[a-z0-9])?$"
 Name = Annotated[str, Field(pattern=NAME)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+Subset = Literal["cross-attn-kv", "cross-attn", "attn", "all"]
 STEP = 4  # draws by which a narrowed scan goes on
 SEED_SET = "seed"  # the "method" of retrainings on all of D: only the training seed differs
 RANDOM = "random"
+HALF_SET = "half"  # the "method" of models trained on random halves of D
 
 
 def _unused(value: object) -> bool:
     """Whether an option younger than finished results is off: then it is no part of what they hang on."""
     return not value
+
+
+def _one(value: int) -> bool:
+    """The same for an option whose absence is 1."""
+    return value == 1
 
 
 class Section(BaseModel):
@@ -126,7 +133,7 @@ class PoolQueries(Section):
 class ImageQuery(Section):
     """One query: an image file of the user's (no ΔG, for want of its initial noise)."""
 
-    name: Name = Field(description="Name of the query in every path.")
+    name: Name = Field(description="Name of the query in every path; draw0, pool0 and the like are taken.")
     image: str = Field(description="Image file, resized to the dataset's size.")
     prompt: str = Field(description="The prompt it was generated from.")
 
@@ -154,9 +161,7 @@ class Variant(Section):
     curvature: Literal["diagonal", "none"] = Field(
         "diagonal", description="Fisher that preconditions the step; none is plain gradient ascent."
     )
-    weights: Literal["cross-attn-kv", "cross-attn", "attn", "all"] = Field(
-        "all", description="Weights that may change."
-    )
+    weights: Subset = Field("all", description="Weights that may change.")
     step_size: float = Field(gt=0, description="α of the step (α/N)(F+λ)⁻¹∇L; without curvature, α·∇L.")
     steps: Positive = Field(1, description="Steps, each with a fresh gradient.")
     draws: Positive = Field(2048, description="Draws of (t, ε) for each gradient.")
@@ -221,6 +226,33 @@ class Method(Section):
     score: Literal["difference", "skew"] = Field(
         "difference", description="How a loss before and after becomes a score (unlearning only)."
     )
+    weights: Subset | None = Field(
+        None, description="Weights whose gradients count (gradient methods; by default all).", exclude_if=_unused
+    )
+    timesteps: Positive | None = Field(
+        None, description="Evenly spaced timesteps a training image's gradients average over.", exclude_if=_unused
+    )
+    noises: Positive | None = Field(
+        None, description="Noises per timestep for the gradients of a query.", exclude_if=_unused
+    )
+    dimension: Positive | None = Field(
+        None, description="Dimension gradients are projected to (TRAK family).", exclude_if=_unused
+    )
+    damping: float | None = Field(
+        None, ge=0, description="λ relative to the mean of what it is added to.", exclude_if=lambda value: value is None
+    )
+    curvature: Literal["diagonal", "ekfac"] | None = Field(
+        None, description="Fisher whose inverse weighs the gradients (influence only).", exclude_if=_unused
+    )
+    encoder: str | None = Field(
+        None, description="Image encoder: a model of transformers by name or folder.", exclude_if=_unused
+    )
+    timestep: int | None = Field(
+        None,
+        ge=0,
+        description="The one timestep a method looks at.",
+        exclude_if=lambda value: value is None,
+    )
 
 
 class Score(Section):
@@ -236,7 +268,32 @@ class Retrain(Section):
     k: list[Positive] = Field([200], min_length=1, description="How many top-ranked images to leave out.")
     random_draws: Positive = Field(3, description="Random sets per K, shared by all queries.")
     seeds: int = Field(2, ge=0, description="Retrainings on all images with other seeds: the noise floor.")
-    keep_weights: bool = Field(False, description="Keep the weights of query-specific leave-K-out models.")
+    keep_weights: bool = Field(False, description="Keep the weights of models whose measurements are kept anyway.")
+    queries: Positive | None = Field(
+        None,
+        description="How many queries, in the order of the config, are judged by leaving images out (null: all). "
+        "Those that remain serve the linear datamodeling score alone, such as queries that settings are chosen on.",
+        exclude_if=_unused,
+    )
+    subsets: int = Field(
+        0,
+        ge=0,
+        description="Models of random halves of the data, for the linear datamodeling score.",
+        exclude_if=_unused,
+    )
+    subset_seeds: Positive = Field(
+        1, description="Trainings of each half; from 2 on, how well they agree bounds the score.", exclude_if=_one
+    )
+    pools: int = Field(
+        0,
+        ge=0,
+        description="Pooled protocol: the judged queries are dealt into so many pools, and the top images of a "
+        "pool's queries are left out together (0: not done).",
+        exclude_if=_unused,
+    )
+    pooled_k: list[Positive] = Field(
+        [], description="Top-ranked images of each query that a pool leaves out.", exclude_if=_unused
+    )
 
 
 class Evaluate(Section):
@@ -291,6 +348,14 @@ class Config(Section):
         if narrowing and (missing := [k for k in self.retrain.k if k not in narrowing.tops]):
             raise ValueError(f"scan.narrowing.tops: {missing[0]} of retrain.k is not among them")
         names = self.queries()
+        if (self.retrain.queries or 0) > len(names):
+            raise ValueError(f"retrain.queries: the experiment has only {len(names)}")
+        if self.retrain.pools > len(self.judged_queries()):
+            raise ValueError(f"retrain.pools: only {len(self.judged_queries())} queries are judged")
+        if bool(self.retrain.pools) != bool(self.retrain.pooled_k):
+            raise ValueError("retrain.pools and retrain.pooled_k go together")
+        if taken := [name for name in names if re.fullmatch(r"(draw|pool)\d+", name)]:
+            raise ValueError(f"synthesize.queries: the name '{taken[0]}' belongs to models of the evaluation")
         if len(set(names)) != len(names):
             raise ValueError("synthesize.queries: two queries have the same name")
         for pool in self.synthesize.queries:
@@ -310,6 +375,10 @@ class Config(Section):
             else:
                 names.append(entry.name)
         return names
+
+    def judged_queries(self) -> list[str]:
+        """Names of the queries with leave-K-out models."""
+        return self.queries()[: self.retrain.queries]
 
     def image_query(self, name: str) -> ImageQuery | None:
         """The user's image behind a query, or None where the query is drawn from a pool."""

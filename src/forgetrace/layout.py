@@ -7,7 +7,7 @@ Paths are relative POSIX strings, so a Snakemake rule can pass its own wildcards
 from dataclasses import dataclass
 from pathlib import Path
 
-from forgetrace.config import RANDOM, SEED_SET, Config, load_config
+from forgetrace.config import HALF_SET, RANDOM, SEED_SET, Config, load_config
 
 BASE = "base"  # θ0 where a model is named by (method, k, member)
 
@@ -41,7 +41,7 @@ class Layout:
     def unfinished(self) -> set[str]:
         """Every folder in which the current config's trainings and scans may have left checkpoints."""
         own = (model for query in self.config.queries() for model in self.measured_models(query))
-        models = {*self.shared_models(), *own}
+        models = {*self.shared_models(), *self.half_models(), *self.pooled_models(), *own}
         return {self.checkpoints(name) for name in ("scan", *(training_name(*model) for model in models))}
 
     # prepare: shared by all experiments with the same settings of it
@@ -152,6 +152,10 @@ class Layout:
         """Draws, zero entries and mean of each layer's Fisher."""
         return f"{self.root}/fit/fisher.json"
 
+    def features(self, name: str) -> str:
+        """Array (N, width), float32: what some methods need of every training image."""
+        return f"{self.root}/fit/features/{name}.npy"
+
     # unlearn, scan, score
 
     def unlearned(self, variant: str, query: str) -> dict[str, str]:
@@ -185,6 +189,26 @@ class Layout:
         stem = f"{self.root}/retrain/measures/{method}/k{k}/{member}/{query}"
         return {"losses": f"{stem}.json", "image": f"{stem}.png"}
 
+    def losses(self, method: str, k: int | str, member: str) -> str:
+        """What one model says of every query (JSON), for models of random halves and of pools."""
+        return f"{self.root}/retrain/measures/{method}/k{k}/{member}.json"
+
+    def half_models(self) -> list[tuple[str, int, str]]:
+        """(method, k, member) of the models of random halves: draw<i>, then draw<i>-seed<j>."""
+        retrain = self.config.retrain
+        seeds = ["", *(f"-seed{j}" for j in range(1, retrain.subset_seeds))]
+        return [(HALF_SET, 0, f"draw{i}{seed}") for seed in seeds for i in range(retrain.subsets)]
+
+    def pooled_models(self) -> list[tuple[str, int, str]]:
+        """(method, k, member) of the models of the pooled protocol; members are pool<i>."""
+        retrain = self.config.retrain
+        pools = [f"pool{i}" for i in range(retrain.pools)]
+        return [(method, k, pool) for method in self.config.score.methods for k in retrain.pooled_k for pool in pools]
+
+    def pool(self, member: str) -> list[str]:
+        """The queries of pool<i>, whose top images are left out together; all other queries are its controls."""
+        return self.config.judged_queries()[int(member.removeprefix("pool")) :: self.config.retrain.pools]
+
     def shared_models(self) -> list[tuple[str, int, str]]:
         """(method, k, member) of the models every query is measured with: θ0, random draws, seeds."""
         retrain = self.config.retrain
@@ -193,8 +217,10 @@ class Layout:
         return [(BASE, 0, BASE), *draws, *seeds]
 
     def measured_models(self, query: str) -> list[tuple[str, int, str]]:
-        """(method, k, member) of all models a query is measured with."""
+        """(method, k, member) of all models a query is measured with on its own."""
         retrain = self.config.retrain
+        if query not in self.config.judged_queries():
+            return []
         own = [(m, k, query) for m in retrain.methods if m != RANDOM for k in retrain.k]
         return self.shared_models() + own
 
@@ -222,6 +248,7 @@ class Layout:
         files |= {self.scheduler, self.curve, self.recipe, self.fisher, self.fisher_report, self.base_scan}
         files |= {*self.snapshots, self.metrics}
         files |= {self.table(name) for name in ("per_query", "counterfactual", "comparisons")}
+        files |= {self.losses(*model) for model in self.half_models() + self.pooled_models()}
         for query in queries:
             files |= set(self.query(query).values())
             files |= {self.score(method, query) for method in config.score.methods}

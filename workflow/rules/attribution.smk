@@ -27,9 +27,35 @@ rule fit:
         "forgetrace fit --config {params.config:q} --threads {threads} --device auto > {log:q} 2>&1"
 
 
+rule fit_features:
+    input:
+        lambda wildcards: FEATURES[wildcards.features].inputs(),
+    output:
+        layout.features("{features}"),
+    log:
+        log_file("fit", "{features}"),
+    benchmark:
+        benchmark_file("fit", "{features}")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=120,
+        gpu=1,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("fit", "seed"),  # its settings are in its name
+    shell:
+        "forgetrace fit --config {params.config:q} --features {wildcards.features:q}"
+        " --threads {threads} --device auto > {log:q} 2>&1"
+
+
 rule all_fit:
     input:
         rules.fit.output if any(map(needs_fisher, layout.config.unlearn)) else [],
+        [layout.features(name) for name in FEATURES],
 
 
 rule unlearn:
@@ -146,6 +172,8 @@ rule score:
         log_file("score", "{method}", "{query}"),
     benchmark:
         benchmark_file("score", "{method}", "{query}")
+    wildcard_constraints:
+        method=one_of(set(layout.config.score.methods).difference(TOGETHER)),
     priority: SCORES_NEXT
     conda:
         "../envs/forgetrace.yaml"
@@ -161,6 +189,41 @@ rule score:
     shell:
         "forgetrace score --config {params.config:q} --method {wildcards.method:q}"
         " --query {wildcards.query:q} > {log:q} 2>&1"
+
+
+# Methods that run the model over the training images do so once for all queries. update() keeps the scores that
+# are there: the job finds out which of them are still right.
+rule score_together:
+    input:
+        lambda wildcards: [
+            path
+            for query in QUERIES
+            for path in registry.inputs(layout, wildcards.method, query)
+        ],
+    output:
+        [update(layout.score("{method}", query)) for query in QUERIES],
+    log:
+        log_file("score", "{method}", "all"),
+    benchmark:
+        benchmark_file("score", "{method}", "all")
+    wildcard_constraints:
+        method=one_of(TOGETHER),
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=240,
+        gpu=1,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=lambda wildcards: shaped_by(
+            "score", "seed", ("score", "methods", wildcards.method)
+        ),
+    shell:
+        "forgetrace score --config {params.config:q} --method {wildcards.method:q}"
+        " --threads {threads} --device auto > {log:q} 2>&1"
 
 
 rule all_score:

@@ -11,7 +11,7 @@ from snakemake.utils import min_version, validate
 
 from forgetrace.artifacts import UserError
 from forgetrace.attribution import registry
-from forgetrace.config import RANDOM, SEED_SET, load_config
+from forgetrace.config import HALF_SET, RANDOM, SEED_SET, load_config
 from forgetrace.encoding.check import check_data
 from forgetrace.figures import catalogue
 from forgetrace.layout import Layout
@@ -63,8 +63,11 @@ VERSIONS = yaml.safe_load(
     Path(workflow.basedir, "workflow", "versions.yaml").read_text()
 )
 QUERIES = layout.config.queries()
+JUDGED_QUERIES = layout.config.judged_queries()
 OWN_IMAGES = [query for query in QUERIES if layout.config.image_query(query)]
 JUDGED = [method for method in layout.config.retrain.methods if method != RANDOM]
+TOGETHER = registry.together(layout)
+FEATURES = registry.all_features(layout)
 ENCODED = [layout.latents, layout.captions, layout.index, layout.encode_manifest]
 MODEL = [layout.weights, layout.architecture, layout.scheduler]
 
@@ -80,6 +83,7 @@ wildcard_constraints:
     method=one_of(layout.config.score.methods),
     k=r"\d+",
     draw=r"draw\d+",
+    features=one_of(FEATURES),
 
 
 def log_file(stage, *names):
@@ -131,6 +135,11 @@ def measures(query):
         for model in layout.measured_models(query)
         for path in measured(model, query)
     ]
+
+
+MEASURED_AT_ONCE = [
+    layout.losses(*model) for model in layout.half_models() + layout.pooled_models()
+]
 
 
 def scores(query):

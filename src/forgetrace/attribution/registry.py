@@ -2,9 +2,9 @@
 
 from forgetrace.artifacts import UserError
 from forgetrace.attribution.baselines import Pixel, PixelL2, Random, Text
-from forgetrace.attribution.contract import Attributor
+from forgetrace.attribution.contract import Attributor, Features, Together
 from forgetrace.attribution.unlearning import Unlearning
-from forgetrace.config import RANDOM, SEED_SET, Config
+from forgetrace.config import HALF_SET, RANDOM, SEED_SET, Config
 from forgetrace.layout import BASE, Layout
 
 ATTRIBUTORS: dict[str, type[Attributor]] = {
@@ -16,7 +16,7 @@ ATTRIBUTORS: dict[str, type[Attributor]] = {
 }
 
 
-def attributor(layout: Layout, method: str) -> Attributor:
+def attributor(layout: Layout, method: str, device: str = "auto") -> Attributor:
     """The attributor behind a method of the experiment.
 
     Raises:
@@ -25,7 +25,18 @@ def attributor(layout: Layout, method: str) -> Attributor:
     methods = layout.config.score.methods
     if method not in methods:
         raise UserError(f"score.methods has no '{method}' (it has {', '.join(methods)}).")
-    return ATTRIBUTORS[methods[method].attributor or method](layout, method)
+    return ATTRIBUTORS[methods[method].attributor or method](layout, method, device)
+
+
+def together(layout: Layout) -> list[str]:
+    """Methods of the experiment that score all queries in one job."""
+    return [method for method in layout.config.score.methods if isinstance(attributor(layout, method), Together)]
+
+
+def all_features(layout: Layout, device: str = "auto") -> dict[str, Features]:
+    """What the methods of the experiment leave to the ``fit`` stage, by name."""
+    methods = [attributor(layout, method, device) for method in layout.config.score.methods]
+    return {features.name: features for method in methods for features in method.features()}
 
 
 def inputs(layout: Layout, method: str, query: str) -> list[str]:
@@ -41,7 +52,7 @@ def check_methods(config: Config) -> None:
             that is not in the config.
     """
     for method, options in config.score.methods.items():
-        if method in (BASE, SEED_SET):
+        if method in (BASE, SEED_SET, HALF_SET):
             raise UserError(f"score.methods.{method}: '{method}' names models of the evaluation; choose another name.")
         name = options.attributor or method
         if (method == RANDOM) != (name == RANDOM):

@@ -45,6 +45,23 @@ def measure(layout: Layout, unet: UNet2DConditionModel, model: tuple[str, int, s
     write_json(files["losses"], record)
 
 
+def brief_measure(layout: Layout, unet: UNet2DConditionModel, query: str) -> dict[str, float]:
+    """A model's mean loss on a query and, unless it is a user's, the squared error of what it makes of its noise.
+
+    Returns:
+        ``loss``, and ``mse`` of the pixels in [0, 1] between the query and its regenerated image.
+    """
+    arrays = read_arrays(layout.query(query)["tensors"])
+    found = {"loss": float(query_losses(layout, unet, arrays)[1].mean())}
+    if "initial_noise" in arrays:
+        latent = regenerate(layout, unet, arrays["initial_noise"], arrays["prompt"])
+        original, image = (
+            to_pixels(value[None], layout.config.encode.factor)[0] for value in (arrays["latent"], latent)
+        )
+        found["mse"] = float(np.square((image.astype(float) - original) / 255).mean())
+    return found
+
+
 def query_losses(layout: Layout, unet: UNet2DConditionModel, arrays: dict) -> tuple[np.ndarray, np.ndarray]:
     """Losses at every ``timestep_stride``-th timestep on a bank shared by all models and queries.
 

@@ -3,21 +3,32 @@
 A query's own leave-K-out model is trained, measured on that query and thrown away (unless
 ``keep_weights``); what it said stays, with the fingerprint of what it depends on. A rerun that finds the
 same fingerprint keeps the measurement: hours of training are not redone because a file is newer.
-Models shared by all queries (random sets, other seeds) keep their weights, and ``measure`` asks them.
+Models shared by all queries (random sets, other seeds) keep their weights, and ``measure`` asks them. Those of
+random halves and of pools are asked about every query as soon as they are trained, and only that is kept.
 """
 
 import logging
 
+import torch
 from accelerate import PartialState
+from diffusers import UNet2DConditionModel
 
-from forgetrace.artifacts import UserError, provenance, read_json, read_tensors_provenance, sha256_of, write_tensors
+from forgetrace.artifacts import (
+    UserError,
+    provenance,
+    read_json,
+    read_tensors_provenance,
+    sha256_of,
+    write_json,
+    write_tensors,
+)
 from forgetrace.config import RANDOM, SEED_SET
-from forgetrace.counterfactual.measure import measure, measure_key
+from forgetrace.counterfactual.measure import brief_measure, measure, measure_key
 from forgetrace.counterfactual.sets import training_of
-from forgetrace.diffusion.device import pick_device, resolve_precision
+from forgetrace.diffusion.device import pick_device, processor_name, resolve_precision
 from forgetrace.diffusion.model import build_unet, frozen, load_unet
 from forgetrace.diffusion.training import discard_checkpoints, train, training_key
-from forgetrace.encoding.store import load_encoded
+from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -48,11 +59,63 @@ def retrain(layout: Layout, method: str, k: int, member: str, device: str = "aut
         made_by = provenance(layout.config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
         write_tensors(path, weights, made_by | record)
     if not shared:
-        shape, width = tuple(encoded.latents.shape[1:]), encoded.captions.shape[2]
-        unet = build_unet(layout.config.train, shape, width, seed=0)
-        unet.load_state_dict(weights)
-        measure(layout, frozen(unet, pick_device(device)), (method, k, member), member, measured)
+        unet = _model(layout, encoded, weights, pick_device(device))
+        measure(layout, unet, (method, k, member), member, measured)
     discard_checkpoints(layout, training.name)
+
+
+def retrain_measured(layout: Layout, method: str, k: int, member: str, device: str = "auto") -> None:
+    """Train a model of a random half or of a pool and write what it says of every query.
+
+    A query's loss is kept where its key still holds, so that a further query costs no training if the weights were
+    kept.
+
+    Raises:
+        UserError: as :func:`training_of` and :func:`forgetrace.diffusion.training.train`.
+    """
+    encoded = load_encoded(layout)
+    training = training_of(layout, encoded, method, k, member)
+    target = pick_device(device)
+    trained = training_key(layout, training, resolve_precision(layout.config.train.precision, target))
+    keys = {query: measure_key(layout, query, trained) for query in layout.config.queries()}
+    path, weights_path = layout.losses(method, k, member), layout.retrained(method, k, member)
+    known = _known(path)
+    missing = [query for query, key in keys.items() if known.get(query, {}).get("key") != key]
+    keeps_weights = layout.config.retrain.keep_weights
+    if not missing and (not keeps_weights or _is_trained(weights_path, trained)):
+        log.warning("%s is already there: kept.", training.name)
+        if known.keys() == keys.keys():
+            return
+    elif _is_trained(weights_path, trained):
+        unet = load_unet(layout, target, weights_path)
+    else:
+        weights, _, record = train(layout, encoded, training, device)
+        if not PartialState().is_main_process:
+            return
+        if keeps_weights:
+            made_by = provenance(layout.config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
+            write_tensors(weights_path, weights, made_by | record)
+        unet = _model(layout, encoded, weights, target)
+    found = {query: {"key": keys[query]} | brief_measure(layout, unet, query) for query in missing}
+    queries = {query: known[query] if query not in found else found[query] for query in keys}
+    record = {"method": method, "k": k, "member": member, "removed": int(training.removed.sum())}
+    write_json(path, record | {"processor": processor_name(target), "queries": queries})
+    discard_checkpoints(layout, training.name)
+
+
+def _known(path: str) -> dict:
+    """What an earlier run wrote of each query."""
+    try:
+        return read_json(path)["queries"]
+    except (UserError, KeyError):
+        return {}
+
+
+def _model(layout: Layout, encoded: Encoded, weights: dict, device: torch.device) -> UNet2DConditionModel:
+    shape, width = tuple(encoded.latents.shape[1:]), encoded.captions.shape[2]
+    unet = build_unet(layout.config.train, shape, width, seed=0)
+    unet.load_state_dict(weights)
+    return frozen(unet, device)
 
 
 def measure_shared(layout: Layout, query: str, device: str = "auto") -> None:

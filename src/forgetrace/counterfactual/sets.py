@@ -3,7 +3,7 @@
 import numpy as np
 
 from forgetrace.artifacts import UserError, read_table
-from forgetrace.config import RANDOM, SEED_SET
+from forgetrace.config import HALF_SET, RANDOM, SEED_SET
 from forgetrace.diffusion.training import Training
 from forgetrace.encoding.store import Encoded
 from forgetrace.layout import Layout, training_name
@@ -16,9 +16,10 @@ def training_of(layout: Layout, encoded: Encoded, method: str, k: int, member: s
     Args:
         layout: the experiment.
         encoded: D.
-        method: a scored method, ``random``, or ``seed`` (nothing removed, another training seed).
-        k: images to leave out.
-        member: the query whose top k are removed, or ``draw<i>`` for random sets and seeds.
+        method: a scored method, ``random``, ``seed`` (nothing removed, another training seed) or ``half``.
+        k: images to leave out (0 for seed and half).
+        member: the query whose top k are removed, or ``pool<i>`` for those of all queries of a pool; ``draw<i>`` for
+            random sets, seeds and halves; ``draw<i>-seed<j>`` for a half trained once more.
 
     Raises:
         UserError: k leaves nothing to train on, or the ranking does not fit the data.
@@ -28,13 +29,29 @@ def training_of(layout: Layout, encoded: Encoded, method: str, k: int, member: s
     if method == SEED_SET:
         # Seeds of retrainings are derived, so that no draw repeats θ0's.
         return Training(name, int(generator(seed, "retrain", member).integers(2**31)), removed)
+    if method == HALF_SET:
+        draw, _, again = member.partition("-")
+        seed = int(generator(seed, "retrain half", again).integers(2**31)) if again else seed
+        return Training(name, seed, ~half(layout, len(encoded), draw))
     if k >= len(encoded):
         raise UserError(f"retrain.k: {k} images cannot be left out of {len(encoded)}; choose a smaller K.")
-    if method == RANDOM:
+    if (method, k, member) in layout.pooled_models():
+        for query in layout.pool(member):
+            removed[_top(layout, encoded, method, k, query)] = True
+        if removed.all():
+            raise UserError(f"retrain.pooled_k: {k} images of each query are all there are; choose a smaller K.")
+    elif method == RANDOM:
         removed[generator(seed, "leave out", k, member).permutation(len(encoded))[:k]] = True
     else:
         removed[_top(layout, encoded, method, k, member)] = True
     return Training(name, seed, removed)
+
+
+def half(layout: Layout, images: int, draw: str) -> np.ndarray:
+    """The random half of D that the models ``draw<i>`` and ``draw<i>-seed<j>`` train on, (N,), bool."""
+    kept = np.ones(images, dtype=bool)
+    kept[generator(layout.config.seed, HALF_SET, draw).permutation(images)[: images // 2]] = False
+    return kept
 
 
 def _top(layout: Layout, encoded: Encoded, method: str, k: int, query: str) -> list[int]:

@@ -60,7 +60,7 @@ def per_query(layout: Layout, encode: Encoder | None = None) -> pd.DataFrame:
         UserError: as :func:`evaluate`.
     """
     # All files are read before the encoder, so that a damaged one is reported within a second.
-    queries = {query: read_query(layout, query) for query in layout.config.queries()}
+    queries = {query: read_query(layout, query) for query in layout.config.judged_queries()}
     encode = encode or load_encoder(layout.config.evaluate.encoder)
     rows = [row for query, measured in queries.items() for row in _values(query, measured, encode)]
     return pd.DataFrame(rows, columns=PER_QUERY)

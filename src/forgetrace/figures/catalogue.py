@@ -8,8 +8,9 @@ from forgetrace.layout import Layout
 
 def names(layout: Layout) -> list[str]:
     """Names of all figures: ``training``, ``attribution-<query>``, ``counterfactual-<query>``, ``delta``."""
-    queries = layout.config.queries()
-    grids = [f"{kind}-{query}" for kind in ("attribution", "counterfactual") for query in queries]
+    config = layout.config
+    grids = [f"attribution-{query}" for query in config.queries()]
+    grids += [f"counterfactual-{query}" for query in config.judged_queries()]
     return ["training", *grids, "delta"]
 
 
