@@ -1,0 +1,166 @@
+"""Gradient methods that score by inner products ⟨∇L(z), v⟩ with a direction v of the query.
+
+* TracIn (Pruthi et al. 2020, eq. 2, checkpoints): ``τ(z) = Σ_s η_s ⟨∇L(z; θ_s), ∇L(ẑ; θ_s)⟩`` over the snapshots
+  of training with their learning rates.
+* ReTrac (Diffusion-ReTrac, arXiv 2401.09031): the same with every timestep's gradient scaled to length 1, since a
+  few timesteps with large gradients otherwise decide the score. The paper takes each image at the one timestep it
+  was trained at in that step; here it is averaged over all.
+* Influence functions (Koh and Liang 2017): ``τ(z) = ⟨∇L(z), (F + λ)⁻¹ ∇L(ẑ)⟩ / N`` with the diagonal Fisher or
+  EK-FAC (K-FAC influence, arXiv 2410.13850). It is the derivative of AbU's score by the step size α at α = 0.
+* DataInf (arXiv 2310.00902, eq. 5): the same with the inverse of each weight tensor's damped Fisher replaced by the
+  mean of the inverses of its terms, see :mod:`forgetrace.curvature.datainf`.
+
+A score is positive where training on the image lowers the query's loss. L is the mean over (t, ε). One pass over D
+serves all queries; what it finds is kept as it comes, so that a killed one goes on.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from forgetrace.artifacts import fingerprint, provenance, read_tensors_provenance
+from forgetrace.attribution.contract import Together
+from forgetrace.layout import Layout
+
+if TYPE_CHECKING:
+    from forgetrace.attribution.gradients import Gradients
+
+TIMESTEPS, NOISES = 10, 16
+DAMPING = 0.1
+
+
+class InnerProducts(Together):
+    """What these methods share: queries become directions, then one pass over D for each set of weights."""
+
+    reads = frozenset({"weights", "timesteps"})
+
+    @abstractmethod
+    def models(self) -> list[str]:
+        """Weights at which gradients are taken."""
+
+    @abstractmethod
+    def directions(self, gradients: Gradients, queries: list[str]) -> dict:
+        """v of every query at the current weights, by weight name, (queries, *shape)."""
+
+    def more_inputs(self) -> list[str]:
+        """Further files the directions depend on."""
+        return []
+
+    def inputs(self, query: str) -> list[str]:
+        """The weights, the encoded data and the query."""
+        layout = self.layout
+        own = [layout.architecture, layout.scheduler, *encoded_files(layout), layout.query(query)["tensors"]]
+        return [*self.models(), *self.more_inputs(), *own]
+
+    def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
+        """Scores of several queries in one pass for each set of weights."""
+        from forgetrace.attribution.gradients import Gradients
+
+        gradients = Gradients(self.layout, self.options.weights or "all", self.options.timesteps or TIMESTEPS, self.device)
+        total = 0.0
+        for number, weights in enumerate(self.models()):
+            gradients.load(weights)
+            directions = self.directions(gradients, queries)
+            partial = self._partial(queries, weights)
+            found = gradients.products(directions, partial, f"{self.method} {number + 1} of {len(self.models())}")
+            total = total + self.weight_of(weights) * self.reduce(found)
+            # Only the last pass's file may go: a killed run starts from the first.
+        for weights in self.models():
+            self._partial(queries, weights).unlink(missing_ok=True)
+        return {query: total[:, i] for i, query in enumerate(queries)}
+
+    def reduce(self, found: np.ndarray) -> np.ndarray:
+        """Inner products and squared norms (N, T, queries + 1) of all draws -> scores (N, queries)."""
+        return found[:, :, :-1].mean(axis=1, dtype=float)
+
+    def weight_of(self, weights: str) -> float:
+        """What the inner products at these weights are multiplied by."""
+        return 1.0
+
+    def _partial(self, queries: list[str], weights: str) -> Path:
+        made_by = {query: provenance({}, {path: path for path in self.inputs(query)}) for query in queries}
+        key = fingerprint([made_by, self.options.model_dump(), self.layout.config.seed, weights])
+        return Path(self.layout.checkpoints("score")) / f"{key}.npy"
+
+
+class TracIn(InnerProducts):
+    """Sum over snapshots of learning rate times inner product."""
+
+    summary = "inner products of gradients at the snapshots of training, times their learning rates (TracIn)"
+    reads = InnerProducts.reads | {"noises"}
+
+    def models(self) -> list[str]:
+        """The snapshots of training."""
+        return self.layout.snapshots
+
+    def weight_of(self, weights: str) -> float:
+        """The learning rate of the snapshot's last step."""
+        return read_tensors_provenance(weights)["learning_rate"]
+
+    def directions(self, gradients: Gradients, queries: list[str]) -> dict:
+        """The query's gradient."""
+        return gradients.of_queries(queries, self.options.noises or NOISES, unit_length=False)
+
+
+class ReTrac(TracIn):
+    """TracIn with gradients of length 1 at every timestep."""
+
+    summary = "TracIn with the gradient of every timestep scaled to length 1 (Diffusion-ReTrac)"
+
+    def directions(self, gradients: Gradients, queries: list[str]) -> dict:
+        """Mean over timesteps of the query's normalised gradients, each of the mean loss over the noises."""
+        return gradients.of_queries(queries, self.options.noises or NOISES, unit_length=True)
+
+    def reduce(self, found: np.ndarray) -> np.ndarray:
+        """Mean over timesteps of the inner products of normalised gradients."""
+        norms = np.sqrt(found[:, :, -1:])
+        return (found[:, :, :-1] / np.maximum(norms, np.finfo(np.float32).tiny)).mean(axis=1, dtype=float)
+
+
+class Influence(InnerProducts):
+    """Influence function with the Fisher as curvature."""
+
+    summary = "influence function: inner product weighted by the inverse Fisher, diagonal or EK-FAC"
+    reads = InnerProducts.reads | {"damping", "curvature"}
+
+    def models(self) -> list[str]:
+        """θ0."""
+        return [self.layout.weights]
+
+    def more_inputs(self) -> list[str]:
+        """The fitted curvature."""
+        return [curvature_file(self.layout, self.options.curvature or "diagonal")]
+
+    def directions(self, gradients: Gradients, queries: list[str]) -> dict:
+        """(F + λ)⁻¹ ∇L(ẑ) / N, with the gradient an unlearning step takes."""
+        damping = DAMPING if self.options.damping is None else self.options.damping
+        return gradients.preconditioned(queries, self.options.curvature or "diagonal", damping)
+
+
+class DataInf(InnerProducts):
+    """Influence function with DataInf's approximate inverse."""
+
+    summary = "influence function with the mean of inverses in place of the inverse of the mean (DataInf)"
+    reads = InnerProducts.reads | {"damping"}
+
+    def models(self) -> list[str]:
+        """θ0."""
+        return [self.layout.weights]
+
+    def directions(self, gradients: Gradients, queries: list[str]) -> dict:
+        """DataInf's H⁻¹ ∇L(ẑ), from the draws the Fisher is estimated on."""
+        return gradients.datainf(queries, DAMPING if self.options.damping is None else self.options.damping)
+
+
+def encoded_files(layout: Layout) -> list[str]:
+    """The encoded training set."""
+    return [layout.latents, layout.captions, layout.index, layout.encode_manifest]
+
+
+def curvature_file(layout: Layout, curvature: str) -> str:
+    """Where the ``fit`` stage leaves a curvature."""
+    return {"diagonal": layout.fisher, "ekfac": layout.ekfac}[curvature]
