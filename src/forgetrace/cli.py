@@ -6,7 +6,7 @@ Heavy imports happen inside the commands, so that ``--help`` and Snakemake's DAG
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -93,13 +93,18 @@ def synthesize(config: ConfigPath, query: QueryName, threads: Threads = None, de
 
 
 @app.command()
-def fit(config: ConfigPath, threads: Threads = None, device: Device = "auto") -> None:
+def fit(
+    config: ConfigPath,
+    curvature: Annotated[Literal["diagonal", "ekfac"], typer.Option(help="The curvature to fit.")] = "diagonal",
+    threads: Threads = None,
+    device: Device = "auto",
+) -> None:
     """Estimate the Fisher information of the training loss at θ0."""
     layout = _experiment(config)
     _use(threads)
     from forgetrace.curvature.fit import fit
 
-    fit(layout, device)
+    fit(layout, curvature, device)
 
 
 @app.command()

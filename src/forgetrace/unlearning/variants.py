@@ -8,6 +8,7 @@ from forgetrace.artifacts import UserError, provenance, read_arrays, read_tensor
 from forgetrace.config import Variant
 from forgetrace.curvature.contract import Curvature, Identity
 from forgetrace.curvature.diagonal import DiagonalFisher
+from forgetrace.curvature.ekfac import EKFAC
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.encoding.store import load_encoded
@@ -68,7 +69,8 @@ def load_curvature(layout: Layout, settings: Variant) -> Curvature:
     """The curvature a variant asks for."""
     if settings.curvature == "none":
         return Identity()
-    return DiagonalFisher(read_tensors(layout.fisher), settings.damping)
+    kind = {"diagonal": DiagonalFisher, "ekfac": EKFAC}[settings.curvature]
+    return kind(read_tensors(layout.fitted(settings.curvature)[0]), settings.damping)
 
 
 def read_query(layout: Layout, query: str) -> Query:
