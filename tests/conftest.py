@@ -109,7 +109,7 @@ def _build(layout: Layout) -> None:
     write_image("mine.png", np.random.default_rng(1).integers(0, 256, size=(20, 24, 3), dtype=np.uint8))
     for query in layout.config.queries():
         synthesize(layout, query, "cpu")
-    fit(layout, "cpu")
+    fit(layout, "diagonal", "cpu")
     scan(layout, device="cpu")
     for query in ("report-00", "mine"):
         unlearn_query(layout, "unlearn", query, "cpu")

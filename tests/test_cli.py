@@ -111,6 +111,16 @@ def test_a_stage_runs_from_the_command_line(tiny, tmp_path):
     assert_one_sentence((done.returncode, done.stderr), "scan/unlearn/report-01.npz is missing")
 
 
+@pytest.mark.parametrize(("options", "curvature"), [([], "diagonal"), (["--curvature", "ekfac"], "ekfac")])
+def test_the_curvature_that_is_asked_for_is_fitted(config, monkeypatch, options, curvature):
+    from forgetrace.curvature import fit
+
+    asked = []
+    monkeypatch.setattr(fit, "fit", lambda layout, *arguments: asked.append(arguments))
+    assert CliRunner().invoke(cli.app, ["fit", "--config", config, *options]).exit_code == 0
+    assert asked == [(curvature, "auto")]
+
+
 def test_tidy_finds_checkpoints_of_trainings_the_config_does_not_have(config, tmp_path):
     folder = tmp_path / "results/tiny/checkpoints"
     wanted = ["base/last.pt", "base/step-000004.safetensors", "scan/0123.npy", "seed-k0-draw0/last.pt"]

@@ -23,7 +23,8 @@ def test_the_experiment_is_named_by_its_file(tmp_path):
 
 def every_path(layout: Layout) -> list[str]:
     names = ("latents", "captions", "index", "encode_manifest", "weights", "architecture", "scheduler", "curve")
-    paths = [getattr(layout, name) for name in (*names, "recipe", "fisher", "fisher_report", "base_scan", "metrics")]
+    paths = [getattr(layout, name) for name in (*names, "recipe", "base_scan", "metrics")]
+    paths += [*layout.fitted("diagonal"), *layout.fitted("ekfac")]
     paths += [*layout.snapshots, layout.table("per_query"), layout.figure("delta"), layout.figure("delta", "pdf")]
     for query in layout.config.queries():
         paths += layout.query(query).values()
@@ -33,6 +34,15 @@ def every_path(layout: Layout) -> list[str]:
             paths += layout.measure(*model, query).values()
     models = {model for query in layout.config.queries() for model in layout.measured_models(query)}
     return paths + [layout.retrained(*model) for model in models if model[0] != "base"]
+
+
+def test_only_the_curvatures_that_variants_step_by_are_kept(layout):
+    files = {*layout.fitted("diagonal"), *layout.fitted("ekfac")}
+    assert len(files) == 4
+    assert layout.fitted("none") == []
+    assert layout.files() & files == {layout.fisher, layout.fisher_report}
+    other = Layout("tiny", settings(unlearn={"unlearn": {"curvature": "ekfac", "step_size": 1}}))
+    assert other.files() & files == {layout.ekfac, layout.ekfac_report}
 
 
 def test_no_two_files_share_a_path(layout):

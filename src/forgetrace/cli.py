@@ -6,7 +6,7 @@ Heavy imports happen inside the commands, so that ``--help`` and Snakemake's DAG
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -98,6 +98,7 @@ def fit(
     features: Annotated[
         str | None, typer.Option(help="Compute these features of the training images; without it the Fisher.")
     ] = None,
+    curvature: Annotated[Literal["diagonal", "ekfac"], typer.Option(help="The curvature to fit.")] = "diagonal",
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -114,7 +115,7 @@ def fit(
         return
     from forgetrace.curvature.fit import fit
 
-    fit(layout, device)
+    fit(layout, curvature, device)
 
 
 @app.command()
@@ -260,7 +261,8 @@ def tidy(
     layout = _experiment(config)
     from forgetrace.figures.catalogue import names
 
-    wanted = layout.files() | {layout.figure(name, kind) for name in names(layout) for kind in ("png", "pdf")}
+    wanted = layout.files() | {layout.features(name) for name in all_features(layout)}
+    wanted |= {layout.figure(name, kind) for name in names(layout) for kind in ("png", "pdf")}
     unfinished = {Path(folder) for folder in layout.unfinished()}
     made = ("report.html", "rules.dot", "rules.svg")  # by make report and make dag
     for path in sorted(path for path in Path(layout.root).rglob("*") if path.is_file()):

@@ -149,7 +149,7 @@ class Synthesize(Section):
 
 
 class Fit(Section):
-    """What a method needs once per model: here the diagonal Fisher information."""
+    """What a method needs once per model: the Fisher information, diagonal or EK-FAC, as the variants ask for it."""
 
     draws: Positive = Field(10000, description="Draws of (image, caption, t, ε), one per-example gradient each.")
     chunk: Positive = Field(128, description="Draws that share a pass through the model.")
@@ -158,8 +158,10 @@ class Fit(Section):
 class Variant(Section):
     """One way to unlearn a query."""
 
-    curvature: Literal["diagonal", "none"] = Field(
-        "diagonal", description="Fisher that preconditions the step; none is plain gradient ascent."
+    curvature: Literal["diagonal", "ekfac", "none"] = Field(
+        "diagonal",
+        description="Fisher that preconditions the step: diagonal (AbU) or EK-FAC (AbU+); none is plain gradient "
+        "ascent.",
     )
     weights: Subset = Field("all", description="Weights that may change.")
     step_size: float = Field(gt=0, description="α of the step (α/N)(F+λ)⁻¹∇L; without curvature, α·∇L.")

@@ -156,6 +156,21 @@ class Layout:
         """Array (N, width), float32: what some methods need of every training image."""
         return f"{self.root}/fit/features/{name}.npy"
 
+    @property
+    def ekfac(self) -> str:
+        """EK-FAC Fisher information: eigenvectors, float32, and eigenvalues, float64, by layer."""
+        return f"{self.root}/fit/ekfac.safetensors"
+
+    @property
+    def ekfac_report(self) -> str:
+        """Draws, zero entries and mean of each layer's eigenvalues."""
+        return f"{self.root}/fit/ekfac.json"
+
+    def fitted(self, curvature: str) -> list[str]:
+        """What ``fit`` writes of a curvature of the config: the file a step reads and the report; none of ``none``."""
+        files = {"diagonal": [self.fisher, self.fisher_report], "ekfac": [self.ekfac, self.ekfac_report], "none": []}
+        return files[curvature]
+
     # unlearn, scan, score
 
     def unlearned(self, variant: str, query: str) -> dict[str, str]:
@@ -245,7 +260,8 @@ class Layout:
         """Every file the stages write below ``root``, figures excepted, for the current config."""
         config, queries = self.config, self.config.queries()
         files = {self.latents, self.captions, self.index, self.encode_manifest, self.weights, self.architecture}
-        files |= {self.scheduler, self.curve, self.recipe, self.fisher, self.fisher_report, self.base_scan}
+        files |= {self.scheduler, self.curve, self.recipe, self.base_scan}
+        files |= {*self.fitted("diagonal"), *self.fitted("ekfac")}
         files |= {*self.snapshots, self.metrics}
         files |= {self.table(name) for name in ("per_query", "counterfactual", "comparisons")}
         files |= {self.losses(*model) for model in self.half_models() + self.pooled_models()}

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -8,38 +7,16 @@ from safetensors import safe_open
 from forgetrace.artifacts import UserError, read_json, read_tensors
 from forgetrace.curvature.contract import Identity
 from forgetrace.curvature.diagonal import DiagonalFisher, fisher_report, fit_fisher
-from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
-from forgetrace.diffusion.noise import monte_carlo
 from forgetrace.encoding.store import load_encoded
-from forgetrace.randomness import generator
+
+from .reference import draw_gradients
 
 CPU = torch.device("cpu")
 
 
 def fitted(layout, draws: int, chunk: int) -> dict[str, torch.Tensor]:
     return fit_fisher(load_unet(layout, CPU), load_scheduler(layout), load_encoded(layout), draws, chunk, 5)
-
-
-def draw_gradients(layout, draws: int) -> list[dict[str, torch.Tensor]]:
-    """The gradient of every single draw, by a backward pass each."""
-    encoded, scheduler, unet = load_encoded(layout), load_scheduler(layout), load_unet(layout, CPU)
-    unet.requires_grad_(True)
-    timesteps, noise = monte_carlo(5, "fisher", range(draws), 100, (12, 8, 8))
-    gradients = []
-    for i in range(draws):
-        row = int(generator(5, "fisher", "image", i).integers(len(encoded)))
-        unet.zero_grad()
-        example_losses(
-            unet,
-            scheduler,
-            encoded.batch(np.array([row])),
-            encoded.captions[encoded.caption_rows[row]][None],
-            torch.tensor([timesteps[i]]),
-            torch.from_numpy(noise[i])[None],
-        ).mean().backward()
-        gradients.append({name: weight.grad.double().clone() for name, weight in unet.named_parameters()})
-    return gradients
 
 
 def test_the_fisher_is_the_mean_of_squared_single_gradients(tiny):

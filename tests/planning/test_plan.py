@@ -89,6 +89,12 @@ def test_no_fisher_is_fitted_and_no_random_set_trained_that_nobody_asks_for():
     assert counted(retrain={"methods": ["unlearn", "random"], "k": [10]})["retrain"].jobs == 2 + 1 + 3
 
 
+def test_the_draws_of_ekfac_are_passed_over_twice():
+    both = counted(unlearn={"unlearn": {"step_size": 1}, "unlearn-sgd": {"curvature": "ekfac", "step_size": 1}})["fit"]
+    assert both == Work(2, {work.TORCH: 2, work.FISHER: 60, work.EKFAC: 2 * 60})
+    assert both.evaluations(1) == 3 * 60
+
+
 def test_the_checks_of_unlearning_are_as_many_as_it_makes():
     from forgetrace.unlearning import sample, step
 

@@ -9,6 +9,7 @@ from .conftest import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 STAGE_OF = {
+    "fit_ekfac": "fit",
     "scan_base": "scan",
     "retrain_shared": "retrain",
     "retrain_own_image": "retrain",

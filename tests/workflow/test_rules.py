@@ -71,6 +71,24 @@ def test_a_users_own_image_is_measured_but_not_regenerated(checkout):
     assert planned["retrain_own_image"] == 2
 
 
+def test_a_variant_waits_for_the_curvature_it_steps_by(checkout):
+    config = (ROOT / "config/smoke.yaml").read_text(encoding="utf-8")
+    changed = config.replace("curvature: none", "curvature: ekfac")
+    assert changed != config
+    (checkout.folder / "ekfac.yaml").write_text(changed)
+    planned = checkout("snakemake", "-n", "-p", "all_fit", "all_unlearn", "--configfile", "ekfac.yaml").stdout
+    jobs = planned.split("\nrule ")
+    ekfac, diagonal = (next(job for job in jobs if job.startswith(f"{rule}:")) for rule in ("fit_ekfac", "fit"))
+    assert "forgetrace fit --config ekfac.yaml --curvature ekfac --threads 1" in ekfac
+    assert "--curvature" not in diagonal
+    read = {job.partition("output:")[0].count("fit/ekfac.safetensors") for job in jobs if "variant=unlearn-sgd" in job}
+    assert read == {1}
+    read = {job.partition("output:")[0] for job in jobs if "variant=unlearn," in job and job.startswith("unlearn:")}
+    assert read
+    assert all("fit/fisher.safetensors" in files and "ekfac.s" not in files for files in read)
+    assert "ekfac" not in checkout("snakemake", "-n", "--configfile", "config/smoke.yaml").stdout
+
+
 def test_a_narrowed_scan_waits_for_the_base_models(checkout):
     config = (ROOT / "config/smoke.yaml").read_text(encoding="utf-8")
     rounds = "narrowing: {first: 2, mean: 3, most: 6, tops: [20]}"

@@ -52,9 +52,24 @@ rule fit_features:
         " --threads {threads} --device auto > {log:q} 2>&1"
 
 
+# fit's command with another option, which comes with the file's name: were it a word of its own in the command,
+# the diagonal Fisher would be fitted again wherever it is finished.
+use rule fit as fit_ekfac with:
+    output:
+        layout.ekfac,
+        layout.ekfac_report,
+    log:
+        log_file("fit", "ekfac"),
+    benchmark:
+        benchmark_file("fit", "ekfac")
+    params:
+        config=[CONFIG_FILE, "--curvature", "ekfac"],
+        shaped_by=shaped_by("fit", "fit", "seed"),
+
+
 rule all_fit:
     input:
-        rules.fit.output if any(map(needs_fisher, layout.config.unlearn)) else [],
+        [path for variant in layout.config.unlearn for path in fitted(variant)],
         [layout.features(name) for name in FEATURES],
 
 
@@ -63,9 +78,7 @@ rule unlearn:
         MODEL,
         ENCODED,
         list(layout.query("{query}").values()),
-        fisher=lambda wildcards: (
-            [layout.fisher] if needs_fisher(wildcards.variant) else []
-        ),
+        curvature=lambda wildcards: fitted(wildcards.variant)[:1],
     output:
         list(layout.unlearned("{variant}", "{query}").values()),
     log:

@@ -147,5 +147,6 @@ def scores(query):
     return [layout.score(method, query) for method in layout.config.score.methods]
 
 
-def needs_fisher(variant):
-    return layout.config.unlearn[variant].curvature != "none"
+def fitted(variant):
+    """The file with the curvature a variant steps by and its report; none where it has none."""
+    return layout.fitted(layout.config.unlearn[variant].curvature)

@@ -44,7 +44,7 @@ class InnerProducts(Together):
 
     @abstractmethod
     def directions(self, gradients: Gradients, queries: list[str]) -> dict:
-        """v of every query at the current weights, by weight name, (queries, *shape)."""
+        """The v of every query at the current weights, by weight name, (queries, *shape)."""
 
     def more_inputs(self) -> list[str]:
         """Further files the directions depend on."""
@@ -60,7 +60,9 @@ class InnerProducts(Together):
         """Scores of several queries in one pass for each set of weights."""
         from forgetrace.attribution.gradients import Gradients
 
-        gradients = Gradients(self.layout, self.options.weights or "all", self.options.timesteps or TIMESTEPS, self.device)
+        gradients = Gradients(
+            self.layout, self.options.weights or "all", self.options.timesteps or TIMESTEPS, self.device
+        )
         total = 0.0
         for number, weights in enumerate(self.models()):
             gradients.load(weights)
@@ -133,7 +135,7 @@ class Influence(InnerProducts):
 
     def more_inputs(self) -> list[str]:
         """The fitted curvature."""
-        return [curvature_file(self.layout, self.options.curvature or "diagonal")]
+        return self.layout.fitted(self.options.curvature or "diagonal")[:1]
 
     def directions(self, gradients: Gradients, queries: list[str]) -> dict:
         """(F + λ)⁻¹ ∇L(ẑ) / N, with the gradient an unlearning step takes."""
@@ -159,8 +161,3 @@ class DataInf(InnerProducts):
 def encoded_files(layout: Layout) -> list[str]:
     """The encoded training set."""
     return [layout.latents, layout.captions, layout.index, layout.encode_manifest]
-
-
-def curvature_file(layout: Layout, curvature: str) -> str:
-    """Where the ``fit`` stage leaves a curvature."""
-    return {"diagonal": layout.fisher, "ekfac": layout.ekfac}[curvature]

@@ -5,15 +5,15 @@ by weight, as :meth:`forgetrace.curvature.per_example.Record.gradients` yields i
 cost little more than those for one.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from forgetrace.curvature.draws import losses_for_gradients
 from forgetrace.curvature.per_example import record
-from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.noise import NoiseBank
 from forgetrace.encoding.store import Encoded
 
@@ -76,12 +76,5 @@ def _losses_of(unet, scheduler, encoded: Encoded, bank: NoiseBank, rows: np.ndar
     """A function that computes the losses of the given (image, draw) pairs."""
     captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
     noise = bank.of([encoded.image_ids[row] for row in rows], draws[:, None])
-    arguments = encoded.batch(rows), captions, torch.from_numpy(bank.timesteps[draws]), torch.from_numpy(noise)
-    arguments = tuple(tensor.to(device) for tensor in arguments)
-
-    def losses() -> torch.Tensor:
-        # Where attention is saturated, its gradients are small differences that the fused kernels lose.
-        with sdpa_kernel(SDPBackend.MATH):
-            return example_losses(unet, scheduler, *arguments)
-
-    return losses
+    examples = encoded.batch(rows), captions, torch.from_numpy(bank.timesteps[draws]), torch.from_numpy(noise)
+    return functools.partial(losses_for_gradients, unet, scheduler, *(tensor.to(device) for tensor in examples))

@@ -54,7 +54,7 @@ def scan(layout: Layout, variant: str | None = None, query: str | None = None, d
     made_by = provenance({"seed": layout.config.seed, "scan": shaping}, read)
     key = fingerprint([made_by, sha256_of(layout.latents), stage_versions("scan")])
     partial = Path(layout.checkpoints("scan")) / f"{key}.npy"
-    losses = _resumable(partial, (len(encoded), len(bank.timesteps)))
+    losses = resumable(partial, (len(encoded), len(bank.timesteps)))
     evaluate = functools.partial(scan_losses, unet, scheduler, encoded, bank, losses, settings.batch_size)
     total = settings.narrowing.mean * len(encoded) if narrowed else losses.size
     with progress(total=round(total), unit="loss", what="scan", done=(~np.isnan(losses)).sum()) as bar:
@@ -152,7 +152,7 @@ def _losses(
     return values.reshape(draws.shape).cpu().numpy()
 
 
-def _resumable(path: Path, shape: tuple[int, int]) -> np.ndarray:
+def resumable(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A memory-mapped array of NaN, or what an interrupted scan left of it."""
     try:
         intact = read_array(path, mmap=True).shape == shape

@@ -79,7 +79,9 @@ def inverse_products(
     return {name: value.reshape(gradients[name].shape) for name, value in result.items()}
 
 
-def _dots_and_squares(model: nn.Module, batches: Batches, vectors: Mapping[str, torch.Tensor]) -> tuple[Tensors, Tensors]:
+def _dots_and_squares(
+    model: nn.Module, batches: Batches, vectors: Mapping[str, torch.Tensor]
+) -> tuple[Tensors, Tensors]:
     """g_iᵀ v, (n, V), and ‖g_i‖², (n,), of every weight tensor, float64."""
     dots, squares = {name: [] for name in vectors}, {name: [] for name in vectors}
     for losses in batches:

@@ -5,23 +5,15 @@
 and wrong quantity. Sums are kept in float64.
 """
 
-import functools
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgetrace.artifacts import UserError
+from forgetrace.curvature.draws import losses_of_draws
 from forgetrace.curvature.per_example import per_example_gradients
-from forgetrace.diffusion.loss import example_losses
-from forgetrace.diffusion.noise import monte_carlo
 from forgetrace.encoding.store import Encoded
-from forgetrace.progress import progress
-from forgetrace.randomness import generator
-
-PURPOSE = "fisher"
 
 
 def fit_fisher(
@@ -40,35 +32,19 @@ def fit_fisher(
     Returns:
         By weight name, the weight's shape, float64, on the CPU.
     """
-    device = next(unet.parameters()).device
     total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in unet.named_parameters()}
-    with progress(total=draws, unit="draw", what="Fisher") as bar:
-        for start in range(0, draws, chunk):
-            numbers = range(start, min(start + chunk, draws))
-            losses = functools.partial(_losses, unet, scheduler, *_draw(encoded, scheduler, numbers, seed, device))
-            for name, _, gradients in per_example_gradients(unet, losses):
-                # Squares cannot cancel, so a sum of this few in float32 is as accurate as the gradients are.
-                squares = gradients.square_()
-                # Given where to, sum follows the layout in memory, which for convolutions is not the shape's.
-                total[name] += torch.sum(squares, dim=0, out=torch.empty_like(squares[0]))
-            bar.update(len(numbers))
+    for losses in losses_of_draws(unet, scheduler, encoded, draws, chunk, seed, "Fisher"):
+        for name, _, gradients in per_example_gradients(unet, losses):
+            add_squares(total[name], gradients)
     return {name: (value / draws).cpu() for name, value in total.items()}
 
 
-def _draw(encoded: Encoded, scheduler: DDPMScheduler, numbers: range, seed: int, device: torch.device):
-    """The numbered draws: latents, token states, timesteps and noise."""
-    rows = np.array([int(generator(seed, PURPOSE, "image", i).integers(len(encoded))) for i in numbers])
-    length, shape = scheduler.config.num_train_timesteps, tuple(encoded.latents.shape[1:])
-    timesteps, noise = monte_carlo(seed, PURPOSE, numbers, length, shape)
-    captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
-    examples = encoded.batch(rows), captions, torch.from_numpy(timesteps), torch.from_numpy(noise)
-    return tuple(tensor.to(device) for tensor in examples)
-
-
-def _losses(*arguments) -> torch.Tensor:
-    # Where attention is saturated, its gradients are small differences that the fused kernels lose.
-    with sdpa_kernel(SDPBackend.MATH):
-        return example_losses(*arguments)
+def add_squares(total: torch.Tensor, gradients: torch.Tensor) -> None:
+    """Add the squares of b gradients, (b, *shape), which they overwrite, to a sum in float64, in place."""
+    # Squares cannot cancel, so a sum of this few in float32 is as accurate as the gradients are.
+    squares = gradients.square_()
+    # Given where to, sum follows the layout in memory, which for convolutions is not the shape's.
+    total += torch.sum(squares, dim=0, out=torch.empty_like(squares[0]))
 
 
 class DiagonalFisher:
@@ -86,15 +62,24 @@ class DiagonalFisher:
         """
         result = {}
         for name, gradient in gradients.items():
-            fisher = self.fisher[name].to(gradient.device)
-            damped = fisher + self.damping * fisher.mean()
-            if zeros := int((damped == 0).sum()):
-                raise UserError(
-                    f"The Fisher information of {name} has {zeros} zero entries, so the step is infinite: "
-                    "set the variant's damping above 0 (0.1 is the default)."
-                )
-            result[name] = (gradient.double() / damped).to(gradient.dtype)
+            fisher = damped(name, self.fisher[name].to(gradient.device), self.damping)
+            result[name] = (gradient.double() / fisher).to(gradient.dtype)
         return result
+
+
+def damped(name: str, fisher: torch.Tensor, damping: float) -> torch.Tensor:
+    """F + λ with λ = damping · mean(F).
+
+    Raises:
+        UserError: an entry is 0; names the weights.
+    """
+    result = fisher + damping * fisher.mean()
+    if zeros := int((result == 0).sum()):
+        raise UserError(
+            f"The Fisher information of {name} has {zeros} zero entries, so the step is infinite: "
+            "set the variant's damping above 0 (0.1 is the default)."
+        )
+    return result
 
 
 def fisher_report(fisher: Mapping[str, torch.Tensor], draws: int) -> dict:

@@ -82,7 +82,7 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     import torch
 
     from forgetrace.attribution.scan import scan_losses, scan_noise
-    from forgetrace.curvature.diagonal import fit_fisher
+    from forgetrace.curvature.fit import CURVATURES
     from forgetrace.diffusion.device import pick_device
     from forgetrace.diffusion.inference import for_inference
     from forgetrace.diffusion.model import build_scheduler, build_unet, frozen
@@ -136,9 +136,16 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     torch.use_deterministic_algorithms(False)  # which trainings want, like their threads
     torch.set_num_threads(1)
     units[work.GRADIENT] = rate(gradients, BATCH)
-    units[work.FISHER] = rate(lambda n: fit_fisher(unet, scheduler, encoded, n * chunk, chunk, 0), chunk)
+    fits = {}
+    for curvature, (unit, passes) in work.fitted(config).items():
+
+        def fit(n: int, curvature: str = curvature) -> None:
+            fits[curvature] = CURVATURES[curvature][0](unet, scheduler, encoded, n * chunk, chunk, 0)
+
+        units[unit] = rate(fit, passes * chunk)
     changed = sum(sizes[name] for variant in config.unlearn.values() for name in select(sizes, variant.weights))
     images = min(len(texts), config.encode.max_images or len(texts))
     facts = {"pictures": len(rows), "images": images, "captions": 1 + min(images, len(set(texts)))}
     facts |= {"weights": sum(sizes.values()), "latent": latents[0].nbytes, "states": states[0].nbytes}
-    return units, facts | {"changed": changed, "device": target.type}
+    tensors = [tensor for factors in fits.values() for tensor in factors.values()]
+    return units, facts | {"changed": changed, "fitted": sum(t.nbytes for t in tensors), "device": target.type}

@@ -44,7 +44,7 @@ def disk(layout: Layout, stages: Mapping[str, Work], facts: Mapping[str, int]) -
         "prepare": facts["pictures"] * SMALL,
         "encode": facts["images"] * facts["latent"] + facts["captions"] * facts["states"],
         "train": weights * (1 + config.train.snapshots),
-        "fit": jobs["fit"] * 2 * weights,  # float64
+        "fit": facts["fitted"],
         "unlearn": facts["changed"] * len(config.queries()),
         "scan": jobs["scan"] * facts["images"] * draws * 4,
         "score": jobs["score"] * facts["images"] * RANKED,

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from forgetrace.config import RANDOM, SEED_SET
+from forgetrace.config import RANDOM, SEED_SET, Config
 from forgetrace.figures import catalogue
 from forgetrace.layout import Layout
 
@@ -10,8 +10,9 @@ from forgetrace.layout import Layout
 START, TORCH = "start", "start with torch"
 PREPARED, FIGURE, CAPTION, STEP = "dataset prepared", "figure drawn", "caption encoded", "training step"
 SAMPLER, LOSS, SCAN = "sampler evaluation", "loss evaluation", "scan evaluation"
-GRADIENT, FISHER = "query gradient draw", "per-example gradient"
-EVALUATIONS = (SAMPLER, LOSS, SCAN, GRADIENT, FISHER)
+GRADIENT, FISHER, EKFAC = "query gradient draw", "per-example gradient", "EK-FAC draw and pass"
+FITTED = {"diagonal": (FISHER, 1), "ekfac": (EKFAC, 2)}  # by curvature, what a fit does with a draw and how often
+EVALUATIONS = (SAMPLER, LOSS, SCAN, GRADIENT, FISHER, EKFAC)
 # What `unlearn` looks at before and after: draws of the query's loss; other images, draws of each.
 QUERY_DRAWS, OTHERS, OTHERS_DRAWS = 1000, 256, 4
 
@@ -28,6 +29,12 @@ class Work(NamedTuple):
         return self.units.get(STEP, 0) * batch_size + sum(self.units.get(unit, 0) for unit in EVALUATIONS)
 
 
+def fitted(config: Config) -> dict[str, tuple[str, int]]:
+    """The part of ``FITTED`` that the variants of a config ask for."""
+    wanted = {variant.curvature for variant in config.unlearn.values()}
+    return {curvature: work for curvature, work in FITTED.items() if curvature in wanted}
+
+
 def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
     """The work of every stage, finished or not, for N ``images`` trained on and their distinct ``captions``."""
     config, queries = layout.config, layout.config.queries()
@@ -41,7 +48,7 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
     def measuring(models: int) -> dict[str, int]:
         return {LOSS: len(queries) * models * asked, SAMPLER: len(generated) * models * sampled}
 
-    unlearned, fitted = len(variants) * len(queries), int(any(v.curvature != "none" for v in variants))
+    unlearned, fits = len(variants) * len(queries), fitted(config)
     gradients = len(queries) * sum(variant.steps * variant.draws for variant in variants)
     asking, narrowing = {TORCH: len(queries)}, config.scan.narrowing
     most, mean = (narrowing.most, narrowing.mean) if narrowing else (config.scan.timesteps,) * 2  # of θ0, of a query
@@ -52,7 +59,7 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
         "encode": Work(1, {TORCH: 1, CAPTION: captions}),
         "train": Work(1, {TORCH: 1, STEP: recipe.steps}, recipe.threads),
         "synthesize": Work(len(queries), asking | {CAPTION: len(queries), SAMPLER: len(generated) * sampled}),
-        "fit": Work(fitted, {TORCH: fitted, FISHER: config.fit.draws * fitted}),
+        "fit": Work(len(fits), {TORCH: len(fits)} | {unit: config.fit.draws * n for unit, n in fits.values()}),
         "unlearn": Work(unlearned, {TORCH: unlearned, GRADIENT: gradients, LOSS: unlearned * checks}),
         "scan": Work(1 + unlearned, {TORCH: 1 + unlearned, SCAN: round(images * (most + unlearned * mean))}),
         "score": Work(scores, {START: scores}),

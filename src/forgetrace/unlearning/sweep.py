@@ -93,7 +93,7 @@ class _Trials:
         self.unet = load_unet(layout, device)
         self.seed = layout.config.seed
         self.names = select([name for name, _ in self.unet.named_parameters()], settings.weights)
-        self.curvature = load_curvature(layout, settings)
+        self.curvature = load_curvature(layout, settings.curvature, settings.damping)
         self.queries = [self._query(f"tuning-{i:02d}") for i in range(queries)]
         self.others_before = others_loss(self.unet, self.scheduler, self.encoded, self.seed)
         self.before = {query.name: self._query_loss(query) for query in self.queries}

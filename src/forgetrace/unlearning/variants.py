@@ -8,6 +8,7 @@ from forgetrace.artifacts import UserError, provenance, read_arrays, read_tensor
 from forgetrace.config import Variant
 from forgetrace.curvature.contract import Curvature, Identity
 from forgetrace.curvature.diagonal import DiagonalFisher
+from forgetrace.curvature.ekfac import EKFAC
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.encoding.store import load_encoded
@@ -39,7 +40,7 @@ def unlearn_query(layout: Layout, variant: str, query: str, device: str = "auto"
         unet,
         scheduler,
         target,
-        load_curvature(layout, settings),
+        load_curvature(layout, settings.curvature, settings.damping),
         names,
         step_scale(settings, len(encoded)),
         settings.steps,
@@ -64,11 +65,12 @@ def step_scale(settings: Variant, images: int) -> float:
     return settings.step_size if settings.curvature == "none" else settings.step_size / images
 
 
-def load_curvature(layout: Layout, settings: Variant) -> Curvature:
-    """The curvature a variant asks for."""
-    if settings.curvature == "none":
+def load_curvature(layout: Layout, curvature: str, damping: float) -> Curvature:
+    """A fitted curvature by the name that a variant or a method gives it."""
+    if curvature == "none":
         return Identity()
-    return DiagonalFisher(read_tensors(layout.fisher), settings.damping)
+    kind = {"diagonal": DiagonalFisher, "ekfac": EKFAC}[curvature]
+    return kind(read_tensors(layout.fitted(curvature)[0]), damping)
 
 
 def read_query(layout: Layout, query: str) -> Query:

@@ -1,0 +1,67 @@
+"""The draws a Fisher information is the mean over: one image, its caption, one t and one ε each."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from forgetrace.diffusion.loss import example_losses
+from forgetrace.diffusion.noise import monte_carlo
+from forgetrace.encoding.store import Encoded
+from forgetrace.progress import progress
+from forgetrace.randomness import generator
+
+PURPOSE = "fisher"
+
+
+def losses_of_draws(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    encoded: Encoded,
+    draws: int,
+    chunk: int,
+    seed: int,
+    what: str,
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """Functions that each compute the training losses of the next ``chunk`` draws.
+
+    Args:
+        unet: θ0.
+        scheduler: its schedule.
+        encoded: D.
+        draws: number of draws; each is a function of the seed and its own number.
+        chunk: how many share a pass through the model.
+        seed: of the draws.
+        what: named beside the progress.
+
+    Yields:
+        A function without arguments that returns the losses, (at most chunk,).
+    """
+    device = next(unet.parameters()).device
+    with progress(total=draws, unit="draw", what=what) as bar:
+        for start in range(0, draws, chunk):
+            numbers = range(start, min(start + chunk, draws))
+            yield functools.partial(
+                losses_for_gradients, unet, scheduler, *_draw(encoded, scheduler, numbers, seed, device)
+            )
+            bar.update(len(numbers))
+
+
+def _draw(encoded: Encoded, scheduler: DDPMScheduler, numbers: range, seed: int, device: torch.device):
+    """The numbered draws: latents, token states, timesteps and noise."""
+    rows = np.array([int(generator(seed, PURPOSE, "image", i).integers(len(encoded))) for i in numbers])
+    length, shape = scheduler.config.num_train_timesteps, tuple(encoded.latents.shape[1:])
+    timesteps, noise = monte_carlo(seed, PURPOSE, numbers, length, shape)
+    captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
+    examples = encoded.batch(rows), captions, torch.from_numpy(timesteps), torch.from_numpy(noise)
+    return tuple(tensor.to(device) for tensor in examples)
+
+
+def losses_for_gradients(*arguments) -> torch.Tensor:
+    """:func:`forgetrace.diffusion.loss.example_losses` for a backward pass that tells the examples apart."""
+    # Where attention is saturated, its gradients are small differences that the fused kernels lose.
+    with sdpa_kernel(SDPBackend.MATH):
+        return example_losses(*arguments)
