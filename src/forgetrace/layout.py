@@ -35,14 +35,14 @@ class Layout:
         return f"results/{self.name}"
 
     def checkpoints(self, work: str) -> str:
-        """Folder of an unfinished training or scan; outside every stage's outputs, emptied at the end."""
+        """Folder of an unfinished training, scan or fit; outside every stage's outputs, emptied at the end."""
         return f"{self.root}/checkpoints/{work}"
 
     def unfinished(self) -> set[str]:
-        """Every folder in which the current config's trainings and scans may have left checkpoints."""
+        """Every folder in which the current config's trainings, scans and features may have left checkpoints."""
         own = (model for query in self.config.queries() for model in self.measured_models(query))
         models = {*self.shared_models(), *self.half_models(), *self.pooled_models(), *own}
-        return {self.checkpoints(name) for name in ("scan", *(training_name(*model) for model in models))}
+        return {self.checkpoints(name) for name in ("scan", "features", *(training_name(*model) for model in models))}
 
     # prepare: shared by all experiments with the same settings of it
 

@@ -166,7 +166,7 @@ def test_only_rows_with_a_gap_are_scanned_again(tiny, monkeypatch):
 def test_another_scans_leftovers_are_not_continued(tiny, monkeypatch):
     """What is left of a scan of other weights has another name."""
     names = []
-    monkeypatch.setattr(module, "_resumable", lambda path, shape: names.append(path) or np.zeros(shape, np.float32))
+    monkeypatch.setattr(module, "resumable", lambda path, shape: names.append(path) or np.zeros(shape, np.float32))
     for variant, query in ((None, None), ("unlearn", "report-00"), ("unlearn", "mine")):
         with pytest.raises(FileNotFoundError):  # there is no file to remove at the end
             scan(tiny, variant, query, "cpu")
@@ -178,8 +178,8 @@ def test_another_scans_leftovers_are_not_continued(tiny, monkeypatch):
 def test_a_leftover_of_another_shape_or_damaged_is_started_afresh(tiny, monkeypatch):
     finished = read_arrays(tiny.base_scan)["losses"]
     paths = []
-    original = module._resumable
-    monkeypatch.setattr(module, "_resumable", lambda path, shape: paths.append(path) or original(path, shape))
+    original = module.resumable
+    monkeypatch.setattr(module, "resumable", lambda path, shape: paths.append(path) or original(path, shape))
     for damage in (b"", b"\x93NUMPY\x01", "shape"):
         if paths:
             if damage == "shape":

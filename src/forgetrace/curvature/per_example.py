@@ -13,7 +13,7 @@ One pass serves the whole batch, and only a few examples' gradients of one weigh
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ HELD = {"cpu": 2**18, "cuda": 2**26}
 
 
 def per_example_gradients(
-    model: nn.Module, losses: Callable[[], torch.Tensor]
+    model: nn.Module, losses: Callable[[], torch.Tensor], wanted: Container[str] | None = None
 ) -> Iterator[tuple[str, slice, torch.Tensor]]:
     """Run ``losses`` once and yield the gradients of each loss, weight after weight, some examples at a time.
 
@@ -36,6 +36,7 @@ def per_example_gradients(
         model: whose weights to differentiate by. Its layers with weights take tensors by position, keep
             examples apart along the first dimension, and nobody changes their inputs in place afterwards.
         losses: calls the model on a batch and returns the loss of each example, (B,).
+        wanted: names of the weights to differentiate by; by default all.
 
     Yields:
         The name of a weight, which b of the B examples, and ∂ losses[rows] / ∂ weight, (b, *shape of the weight),
@@ -45,7 +46,7 @@ def per_example_gradients(
     Raises:
         UserError: a weight's gradients cannot be told apart by example; names the weight.
     """
-    names = {weight: name for name, weight in model.named_parameters()}
+    names = {weight: name for name, weight in model.named_parameters() if wanted is None or name in wanted}
     uses: dict[str, list[tuple[int, str]]] = {name: [] for name in names.values()}
     calls, outputs = [], []
 
@@ -53,12 +54,13 @@ def per_example_gradients(
         if not all(isinstance(value, torch.Tensor) for value in (*inputs, output)):
             return
         for key, weight in layer.named_parameters(recurse=False):
-            uses[names[weight]].append((len(calls), key))
+            if weight in names:
+                uses[names[weight]].append((len(calls), key))
         calls.append((layer, tuple(value.detach() for value in inputs)))
         # The place in the graph and not the tensor, which the next layer may change in place.
         outputs.append(get_gradient_edge(output if output.requires_grad else output.requires_grad_()))
 
-    layers = [layer for layer in model.modules() if dict(layer.named_parameters(recurse=False))]
+    layers = [layer for layer in model.modules() if any(weight in names for weight in layer.parameters(recurse=False))]
     handles = [layer.register_forward_hook(record) for layer in layers]
     try:
         loss = losses()
