@@ -123,7 +123,13 @@ def test_the_curvature_that_is_asked_for_is_fitted(config, monkeypatch, options,
 
 def test_tidy_finds_checkpoints_of_trainings_the_config_does_not_have(config, tmp_path):
     folder = tmp_path / "results/tiny/checkpoints"
-    wanted = ["base/last.pt", "base/step-000004.safetensors", "scan/0123.npy", "seed-k0-draw0/last.pt"]
+    wanted = [
+        "base/last.pt",
+        "base/step-000004.safetensors",
+        "scan/0123.npy",
+        "features/0123.npy",
+        "seed-k0-draw0/last.pt",
+    ]
     wanted += ["random-k10-draw1/last.pt", "unlearn-k10-report-01/last.pt", "unlearn-k10-mine/last.pt"]
     orphans = ["pixel-k10-mine/last.pt", "random-k10-draw2/last.pt", "unlearn-k10-report-02/last.pt"]
     orphans += ["unlearn-k99-mine/last.pt", "unlearn-k99-mine/step-000004.safetensors"]
@@ -135,6 +141,17 @@ def test_tidy_finds_checkpoints_of_trainings_the_config_does_not_have(config, tm
     assert all((folder / name).exists() for name in orphans)
     assert CliRunner().invoke(cli.app, ["tidy", "--config", config, "--remove"]).output.splitlines() == listed
     assert {path for path in folder.rglob("*") if path.is_file()} == {folder / name for name in wanted}
+
+
+def test_tidy_keeps_what_the_config_s_methods_were_fitted_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").write_text("score: {methods: {trak: {timesteps: 3}}}")
+    folder = tmp_path / "results/x/fit/features"
+    folder.mkdir(parents=True)
+    for name in ("loss-all-t3-d4096", "loss-all-t4-d4096"):
+        (folder / f"{name}.npy").touch()
+    listed = CliRunner().invoke(cli.app, ["tidy", "--config", "x.yaml"]).output.splitlines()
+    assert listed == ["results/x/fit/features/loss-all-t4-d4096.npy"]
 
 
 def test_the_sweep_prints_the_chosen_step_size(config, monkeypatch):

@@ -261,8 +261,10 @@ def tidy(
     layout = _experiment(config)
     from forgetrace.figures.catalogue import names
 
-    wanted = layout.files() | {layout.features(name) for name in all_features(layout)}
-    wanted |= {layout.figure(name, kind) for name in names(layout) for kind in ("png", "pdf")}
+    wanted = layout.files() | {layout.figure(name, kind) for name in names(layout) for kind in ("png", "pdf")}
+    wanted |= {layout.features(name) for name in all_features(layout)}
+    for method in layout.config.score.methods:
+        wanted |= set(attributor(layout, method).inputs(layout.config.queries()[0]))
     unfinished = {Path(folder) for folder in layout.unfinished()}
     made = ("report.html", "rules.dot", "rules.svg")  # by make report and make dag
     for path in sorted(path for path in Path(layout.root).rglob("*") if path.is_file()):

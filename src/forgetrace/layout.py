@@ -35,14 +35,17 @@ class Layout:
         return f"results/{self.name}"
 
     def checkpoints(self, work: str) -> str:
-        """Folder of an unfinished training or scan; outside every stage's outputs, emptied at the end."""
+        """Folder of an unfinished training, scan or fit; outside every stage's outputs, emptied at the end."""
         return f"{self.root}/checkpoints/{work}"
 
     def unfinished(self) -> set[str]:
-        """Every folder in which the current config's trainings and scans may have left checkpoints."""
+        """Every folder in which trainings, scans, features and scores of the current config may leave checkpoints."""
         own = (model for query in self.config.queries() for model in self.measured_models(query))
         models = {*self.shared_models(), *self.half_models(), *self.pooled_models(), *own}
-        return {self.checkpoints(name) for name in ("scan", *(training_name(*model) for model in models))}
+        return {
+            self.checkpoints(name)
+            for name in ("scan", "features", "score", *(training_name(*model) for model in models))
+        }
 
     # prepare: shared by all experiments with the same settings of it
 
@@ -261,7 +264,7 @@ class Layout:
         config, queries = self.config, self.config.queries()
         files = {self.latents, self.captions, self.index, self.encode_manifest, self.weights, self.architecture}
         files |= {self.scheduler, self.curve, self.recipe, self.base_scan}
-        files |= {*self.fitted("diagonal"), *self.fitted("ekfac")}
+        files |= {path for variant in config.unlearn.values() for path in self.fitted(variant.curvature)}
         files |= {*self.snapshots, self.metrics}
         files |= {self.table(name) for name in ("per_query", "counterfactual", "comparisons")}
         files |= {self.losses(*model) for model in self.half_models() + self.pooled_models()}

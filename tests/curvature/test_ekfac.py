@@ -301,7 +301,7 @@ def test_a_step_from_the_stages_files_raises_the_loss_of_the_query(tiny):
     assert report["tensors"]["conv_in"]["mean"] == pytest.approx(float(factors["conv_in.Lambda"].mean()))
     assert report["made_by"]["config"]["fit"] == {"draws": 60, "chunk": 7}
     assert {str(value.dtype) for name, value in factors.items() if ".Q_" in name} == {"torch.float32"}
-    curvature = load_curvature(layout, layout.config.unlearn["ekfac"])
+    curvature = load_curvature(layout, "ekfac", 0.1)
     assert isinstance(curvature, EKFAC)
     unlearn_query(layout, "ekfac", "report-00", "cpu")
     losses = read_json(layout.unlearned("ekfac", "report-00")["losses"])

@@ -92,6 +92,18 @@ def test_gradients_are_those_of_a_backward_pass_per_example(kind, held, monkeypa
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("wanted", [["scale.w"], ["first.bias", "unseen.bias"], []])
+def test_only_wanted_weights_are_differentiated_by(wanted):
+    """And hooked: the layers before them take no gradient."""
+    torch.manual_seed(0)
+    model, inputs = Twice().requires_grad_(False), torch.randn(5, 6)
+    expected = fast(model, inputs)
+    found = list(per_example_gradients(model, lambda: losses(model, inputs), wanted))
+    assert [name for name, _, _ in found] == [name for name in expected if name in wanted]
+    for name, rows, gradients in found:
+        torch.testing.assert_close(gradients, expected[name][rows])
+
+
 def test_a_layer_that_mixes_examples_is_refused():
     model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(6, 6), nn.Unflatten(0, (5, 2))).requires_grad_(False)
     with pytest.raises(UserError, match=r"The gradients of 1\.weight cannot be told apart by example"):

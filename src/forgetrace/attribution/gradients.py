@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from forgetrace.attribution.inner_products import inner_products
-from forgetrace.attribution.scan import resumable
+from forgetrace.attribution.resumable import resumable
 from forgetrace.config import Variant
 from forgetrace.curvature.datainf import datainf
 from forgetrace.diffusion.device import pick_device

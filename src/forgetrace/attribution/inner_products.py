@@ -63,7 +63,7 @@ def products(
         losses: computes the losses (B,), as for :func:`forgetrace.curvature.per_example.record`.
         flat: directions by weight name, (V, numbers of the weight).
     """
-    recorded, width = record(model, losses), len(next(iter(flat.values()))) + 1
+    recorded, width = record(model, losses, flat), len(next(iter(flat.values()))) + 1
     result = torch.zeros(recorded.examples, width, device=next(model.parameters()).device)
     for name, rows, gradients in recorded.gradients(flat):
         gradients = gradients.flatten(1)

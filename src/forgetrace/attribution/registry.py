@@ -4,6 +4,7 @@ from forgetrace.artifacts import UserError
 from forgetrace.attribution.baselines import Pixel, PixelL2, Random, Text
 from forgetrace.attribution.contract import Attributor, Features, Together
 from forgetrace.attribution.influence import DataInf, Influence, ReTrac, TracIn
+from forgetrace.attribution.trak import Das, DTrak, JourneyTrak, Trak
 from forgetrace.attribution.unlearning import Unlearning
 from forgetrace.config import HALF_SET, RANDOM, SEED_SET, Config
 from forgetrace.layout import BASE, Layout
@@ -14,6 +15,10 @@ ATTRIBUTORS: dict[str, type[Attributor]] = {
     "datainf": DataInf,
     "tracin": TracIn,
     "retrac": ReTrac,
+    "trak": Trak,
+    "d-trak": DTrak,
+    "journey-trak": JourneyTrak,
+    "das": Das,
     "pixel": Pixel,
     "pixel-l2": PixelL2,
     "text": Text,

@@ -17,14 +17,13 @@ from forgetrace.artifacts import (
     UserError,
     fingerprint,
     provenance,
-    read_array,
     read_arrays,
     sha256_of,
     stage_versions,
-    write_array,
     write_arrays,
 )
 from forgetrace.attribution.narrowing import narrow
+from forgetrace.attribution.resumable import resumable
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.inference import for_inference
 from forgetrace.diffusion.loss import example_losses
@@ -150,15 +149,3 @@ def _losses(
         torch.from_numpy(bank.of([encoded.image_ids[row] for row in rows], draws)).to(device),
     )
     return values.reshape(draws.shape).cpu().numpy()
-
-
-def resumable(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A memory-mapped array of NaN, or what an interrupted scan left of it."""
-    try:
-        intact = read_array(path, mmap=True).shape == shape
-    except UserError:
-        intact = False
-    if not intact:
-        # Written in full, so that a full disk is noticed now and not when a page is first touched.
-        write_array(path, np.full(shape, np.nan, dtype=np.float32))
-    return np.load(path, mmap_mode="r+")

@@ -71,7 +71,7 @@ def inverse_products(
         result[name] = (v / level).float()
     start = 0
     for losses in next(passes):
-        recorded = record(model, losses)
+        recorded = record(model, losses, vectors)
         for name, rows, g in recorded.gradients(vectors):
             share = shares[name][start + rows.start : start + rows.stop]
             result[name] -= share.T @ g.flatten(1)
@@ -85,7 +85,7 @@ def _dots_and_squares(
     """g_iᵀ v, (n, V), and ‖g_i‖², (n,), of every weight tensor, float64."""
     dots, squares = {name: [] for name in vectors}, {name: [] for name in vectors}
     for losses in batches:
-        for name, _, g in record(model, losses).gradients(vectors):
+        for name, _, g in record(model, losses, vectors).gradients(vectors):
             g = g.flatten(1)
             dots[name].append((g @ vectors[name].T).double())
             squares[name].append(g.square().sum(dim=1).double())

@@ -14,7 +14,7 @@ One pass serves the whole batch, and only a few examples' gradients of one weigh
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,13 +87,14 @@ class Record:
 
 
 def per_example_gradients(
-    model: nn.Module, losses: Callable[[], torch.Tensor]
+    model: nn.Module, losses: Callable[[], torch.Tensor], wanted: Container[str] | None = None
 ) -> Iterator[tuple[str, slice, torch.Tensor]]:
     """Run ``losses`` once and yield the gradients of each loss, weight after weight, some examples at a time.
 
     Args:
         model: whose weights to differentiate by, as for :func:`record`.
         losses: calls the model on a batch and returns the loss of each example, (B,).
+        wanted: names of the weights to differentiate by; by default all.
 
     Yields:
         The name of a weight, which b of the B examples, and ∂ losses[rows] / ∂ weight, (b, *shape of the weight),
@@ -103,22 +104,23 @@ def per_example_gradients(
     Raises:
         UserError: a weight's gradients cannot be told apart by example; names the weight.
     """
-    recorded = record(model, losses)
+    recorded = record(model, losses, wanted)
     yield from recorded.gradients(recorded.uses)
 
 
-def record(model: nn.Module, losses: Callable[[], torch.Tensor]) -> Record:
+def record(model: nn.Module, losses: Callable[[], torch.Tensor], wanted: Container[str] | None = None) -> Record:
     """Run ``losses`` and a backward pass once, and keep what every layer with weights was given.
 
     Args:
         model: its layers with weights take tensors by position, keep examples apart along the first dimension,
             and nobody changes their inputs in place afterwards.
         losses: calls the model on a batch and returns the loss of each example, (B,).
+        wanted: names of the weights whose gradients will be asked for; by default all.
 
     Raises:
         UserError: a weight's gradients cannot be told apart by example; names the weight.
     """
-    names = {weight: name for name, weight in model.named_parameters()}
+    names = {weight: name for name, weight in model.named_parameters() if wanted is None or name in wanted}
     places: dict[str, list[tuple[int, str]]] = {name: [] for name in names.values()}
     seen, outputs = [], []
 
@@ -126,12 +128,13 @@ def record(model: nn.Module, losses: Callable[[], torch.Tensor]) -> Record:
         if not all(isinstance(value, torch.Tensor) for value in (*inputs, output)):
             return
         for key, weight in layer.named_parameters(recurse=False):
-            places[names[weight]].append((len(seen), key))
+            if weight in names:
+                places[names[weight]].append((len(seen), key))
         seen.append((layer, tuple(value.detach() for value in inputs)))
         # The place in the graph and not the tensor, which the next layer may change in place.
         outputs.append(get_gradient_edge(output if output.requires_grad else output.requires_grad_()))
 
-    layers = [layer for layer in model.modules() if dict(layer.named_parameters(recurse=False))]
+    layers = [layer for layer in model.modules() if any(weight in names for weight in layer.parameters(recurse=False))]
     handles = [layer.register_forward_hook(note) for layer in layers]
     try:
         loss = losses()

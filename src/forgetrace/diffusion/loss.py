@@ -23,6 +23,20 @@ def noised(scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor,
     return inputs, noise
 
 
+def predicted(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    captions: torch.Tensor,
+    timesteps: torch.Tensor,
+    noise: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's output f_θ(z_t, t, c) and its target, (B, C, H, W) each, float32; arguments of example_losses."""
+    inputs, target = noised(scheduler, latents, noise, timesteps)
+    prediction = unet(inputs, timesteps, encoder_hidden_states=captions, return_dict=False)[0]
+    return prediction.float(), target.float()
+
+
 def example_losses(
     unet: UNet2DConditionModel,
     scheduler: DDPMScheduler,
@@ -44,9 +58,8 @@ def example_losses(
     Returns:
         Losses (B,), float32.
     """
-    inputs, target = noised(scheduler, latents, noise, timesteps)
-    prediction = unet(inputs, timesteps, encoder_hidden_states=captions, return_dict=False)[0]
-    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+    prediction, target = predicted(unet, scheduler, latents, captions, timesteps, noise)
+    return (prediction - target).square().flatten(1).mean(dim=1)
 
 
 @torch.no_grad()

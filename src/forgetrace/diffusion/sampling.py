@@ -1,5 +1,7 @@
 """Deterministic DDIM sampling with optional classifier-free guidance."""
 
+from collections.abc import Iterator
+
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 
@@ -28,6 +30,26 @@ def sample(
     Returns:
         Latents (B, C, H, W), float32.
     """
+    for _, _, reached in trajectory(unet, schedule, initial_noise, captions, empty, steps, guidance):
+        latents = reached
+    return latents.float()
+
+
+@torch.no_grad()
+def trajectory(
+    unet: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    initial_noise: torch.Tensor,
+    captions: torch.Tensor,
+    empty: torch.Tensor,
+    steps: int,
+    guidance: float,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The steps of :func:`sample`, with its arguments.
+
+    Yields:
+        Timestep t, the clean latents x̂₀ that the (guided) model makes out at z_t, and the next, less noisy latents.
+    """
     # Trailing spacing starts at the last timestep, where training's noise is pure too.
     sampler = DDIMScheduler.from_config(schedule.config, timestep_spacing="trailing", clip_sample=False)
     sampler.set_timesteps(steps, device=initial_noise.device)
@@ -37,5 +59,5 @@ def sample(
         if guidance != 1:
             unconditional = unet(latents, timestep, empty.expand_as(captions), return_dict=False)[0]
             prediction = unconditional + guidance * (prediction - unconditional)
-        latents = sampler.step(prediction, timestep, latents, return_dict=False)[0]
-    return latents.float()
+        latents, estimate = sampler.step(prediction, timestep, latents, return_dict=False)
+        yield int(timestep), estimate, latents

@@ -1,5 +1,7 @@
 """The ``synthesize`` stage: the queries, generated from held-out captions or read from a file."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,7 +19,7 @@ from forgetrace.artifacts import (
 from forgetrace.datasets.prepare import read_pool
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet
-from forgetrace.diffusion.sampling import sample
+from forgetrace.diffusion.sampling import sample, trajectory
 from forgetrace.encoding.latents import to_latents, to_pixels
 from forgetrace.encoding.text import token_states
 from forgetrace.layout import Layout
@@ -76,9 +78,22 @@ def regenerate(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, 
     Returns:
         Latent (C, H, W), float32, clipped to [-1, 1].
     """
+    latents = sample(*_sampling(layout, unet, initial, prompt))
+    return latents[0].clamp(-1, 1).cpu().numpy()
+
+
+def journey(
+    layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, prompt: np.ndarray
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """The sampler's steps on the way to :func:`regenerate`'s latent, as :func:`trajectory` yields them."""
+    return trajectory(*_sampling(layout, unet, initial, prompt))
+
+
+def _sampling(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, prompt: np.ndarray) -> tuple:
+    """The sampler's arguments for one query."""
     device = next(unet.parameters()).device
     settings = layout.config.synthesize
-    latents = sample(
+    return (
         unet,
         load_scheduler(layout),
         torch.from_numpy(initial)[None].to(device),
@@ -87,7 +102,6 @@ def regenerate(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, 
         settings.sampler_steps,
         settings.guidance,
     )
-    return latents[0].clamp(-1, 1).cpu().numpy()
 
 
 def _latent_of_file(layout: Layout, path: str) -> np.ndarray:
