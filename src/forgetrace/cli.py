@@ -261,6 +261,7 @@ def tidy(
     from forgetrace.figures.catalogue import names
 
     wanted = layout.files() | {layout.figure(name, kind) for name in names(layout) for kind in ("png", "pdf")}
+    wanted |= {path for name in all_features(layout) for path in (layout.features(name), layout.features_record(name))}
     unfinished = {Path(folder) for folder in layout.unfinished()}
     made = ("report.html", "rules.dot", "rules.svg")  # by make report and make dag
     for path in sorted(path for path in Path(layout.root).rglob("*") if path.is_file()):

@@ -156,6 +156,10 @@ class Layout:
         """Array (N, width), float32: what some methods need of every training image."""
         return f"{self.root}/fit/features/{name}.npy"
 
+    def features_record(self, name: str) -> str:
+        """Settings and hashes of what those features were computed from, where they must be met again (JSON)."""
+        return f"{self.root}/fit/features/{name}.json"
+
     # unlearn, scan, score
 
     def unlearned(self, variant: str, query: str) -> dict[str, str]:
