@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -152,6 +153,17 @@ def test_tidy_keeps_what_the_config_s_methods_were_fitted_on(tmp_path, monkeypat
         (folder / f"{name}.npy").touch()
     listed = CliRunner().invoke(cli.app, ["tidy", "--config", "x.yaml"]).output.splitlines()
     assert listed == ["results/x/fit/features/loss-all-t4-d4096.npy"]
+
+
+def test_tidy_leaves_the_features_that_methods_need(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text("score: {methods: {unet-features: {noises: 2}}}\n")
+    folder = tmp_path / "results/tiny/fit/features"
+    folder.mkdir(parents=True)
+    for name in ("unet-t25-noises2.npy", "unet-t25-noises2.json", "unet-t25-noises4.npy"):
+        (folder / name).touch()
+    listed = CliRunner().invoke(cli.app, ["tidy", "--config", "tiny.yaml"]).output.splitlines()
+    assert listed == ["results/tiny/fit/features/unet-t25-noises4.npy"]
 
 
 def test_the_sweep_prints_the_chosen_step_size(config, monkeypatch):

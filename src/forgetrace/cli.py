@@ -262,7 +262,7 @@ def tidy(
     from forgetrace.figures.catalogue import names
 
     wanted = layout.files() | {layout.figure(name, kind) for name in names(layout) for kind in ("png", "pdf")}
-    wanted |= {layout.features(name) for name in all_features(layout)}
+    wanted |= {path for name in all_features(layout) for path in (layout.features(name), layout.features_record(name))}
     for method in layout.config.score.methods:
         wanted |= set(attributor(layout, method).inputs(layout.config.queries()[0]))
     unfinished = {Path(folder) for folder in layout.unfinished()}

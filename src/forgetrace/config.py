@@ -235,7 +235,9 @@ class Method(Section):
         None, description="Evenly spaced timesteps a training image's gradients average over.", exclude_if=_unused
     )
     noises: Positive | None = Field(
-        None, description="Noises per timestep for the gradients of a query.", exclude_if=_unused
+        None,
+        description="Noises per timestep for the gradients of a query, or that unet-features averages over (4).",
+        exclude_if=_unused,
     )
     dimension: Positive | None = Field(
         None, description="Dimension gradients are projected to (TRAK family).", exclude_if=_unused
@@ -247,12 +249,15 @@ class Method(Section):
         None, description="Fisher whose inverse weighs the gradients (influence only).", exclude_if=_unused
     )
     encoder: str | None = Field(
-        None, description="Image encoder: a model of transformers by name or folder.", exclude_if=_unused
+        None,
+        description="Image encoder: efficientnet-lite0, or a model of transformers as owner/model, "
+        "owner/model@revision or a folder.",
+        exclude_if=_unused,
     )
     timestep: int | None = Field(
         None,
         ge=0,
-        description="The one timestep a method looks at.",
+        description="The one timestep a method looks at (unet-features: by default 25 of 1000).",
         exclude_if=lambda value: value is None,
     )
 

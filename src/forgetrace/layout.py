@@ -174,6 +174,10 @@ class Layout:
         files = {"diagonal": [self.fisher, self.fisher_report], "ekfac": [self.ekfac, self.ekfac_report], "none": []}
         return files[curvature]
 
+    def features_record(self, name: str) -> str:
+        """Settings and hashes of what those features were computed from, where they must be met again (JSON)."""
+        return f"{self.root}/fit/features/{name}.json"
+
     # unlearn, scan, score
 
     def unlearned(self, variant: str, query: str) -> dict[str, str]:

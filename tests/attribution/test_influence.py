@@ -204,7 +204,9 @@ def test_influence_on_a_linear_model_is_the_newton_estimate_of_leave_one_out():
         keep = everything.clone()
         keep[i] = False
         exact.append(
-            float(((query.double() @ fit(keep) - answer).square() - (query @ model.weight[0] - answer).square()).detach())
+            float(
+                ((query.double() @ fit(keep) - answer).square() - (query @ model.weight[0] - answer).square()).detach()
+            )
         )
     assert np.corrcoef(found, exact)[0, 1] > 0.999
     assert np.abs(found.numpy()).max() == pytest.approx(np.abs(exact).max(), rel=0.1)

@@ -3,8 +3,10 @@
 from forgetrace.artifacts import UserError
 from forgetrace.attribution.baselines import Pixel, PixelL2, Random, Text
 from forgetrace.attribution.contract import Attributor, Features, Together
+from forgetrace.attribution.image_features import Clip, Dino, DinoV2, EfficientNet, ImageFeatures
 from forgetrace.attribution.influence import DataInf, Influence, ReTrac, TracIn
 from forgetrace.attribution.trak import Das, DTrak, JourneyTrak, Trak
+from forgetrace.attribution.unet_features import UNetFeatures
 from forgetrace.attribution.unlearning import Unlearning
 from forgetrace.config import HALF_SET, RANDOM, SEED_SET, Config
 from forgetrace.layout import BASE, Layout
@@ -22,6 +24,12 @@ ATTRIBUTORS: dict[str, type[Attributor]] = {
     "pixel": Pixel,
     "pixel-l2": PixelL2,
     "text": Text,
+    "efficientnet": EfficientNet,
+    "clip": Clip,
+    "dino": Dino,
+    "dinov2": DinoV2,
+    "image-features": ImageFeatures,
+    "unet-features": UNetFeatures,
     RANDOM: Random,
 }
 

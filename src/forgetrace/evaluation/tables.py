@@ -11,7 +11,7 @@ import pandas as pd
 
 from forgetrace.artifacts import write_json, write_table
 from forgetrace.config import RANDOM, SEED_SET
-from forgetrace.evaluation.encoder import load_encoder
+from forgetrace.encoding.images import load_encoder
 from forgetrace.evaluation.measures import THETA0, QueryMeasures, read_query
 from forgetrace.evaluation.metrics import METRICS, Encoder, image_metrics
 from forgetrace.evaluation.statistics import (

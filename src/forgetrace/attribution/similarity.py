@@ -1,0 +1,92 @@
+"""Similarity of features: what is kept of every training image against the same of the query."""
+
+from abc import abstractmethod
+
+import numpy as np
+
+from forgetrace.artifacts import UserError, provenance, read_array, read_json, write_array, write_json
+from forgetrace.attribution.contract import Features, Together
+from forgetrace.layout import Layout
+
+
+class Comparable(Features):
+    """Features that a query has as well as a training image.
+
+    A record beside them says what they were computed from, so that the features of a query are never compared with
+    those of another encoder, model or data.
+    """
+
+    def __init__(self, layout: Layout, name: str, device: str = "auto"):
+        """Args: the experiment, what the features are called, where to compute."""
+        self.layout, self.name, self.device = layout, name, device
+
+    @abstractmethod
+    def settings(self) -> dict:
+        """Everything that shapes the features beside :meth:`inputs`, as plain data."""
+
+    @abstractmethod
+    def of_training_images(self) -> np.ndarray:
+        """(N, width), float32, in index order."""
+
+    @abstractmethod
+    def query_input(self, query: str) -> str:
+        """The file of the query that is looked at."""
+
+    @abstractmethod
+    def of_queries(self, queries: list[str]) -> np.ndarray:
+        """(n, width), float32; the row of a query does not depend on the others."""
+
+    def fit(self) -> None:
+        """Write ``layout.features(name)``, then its record."""
+        made_by = self._made_by()
+        write_array(self.layout.features(self.name), self.of_training_images())
+        write_json(self.layout.features_record(self.name), made_by)
+
+    def kept(self) -> np.ndarray:
+        """What :meth:`fit` wrote; (N, width), float32.
+
+        Raises:
+            UserError: it is missing, damaged or of other settings, files or weights than the queries would meet.
+        """
+        path, record = self.layout.features(self.name), self.layout.features_record(self.name)
+        features = read_array(path)
+        found, wanted = read_json(record), self._made_by()
+        if any(found.get(key) != wanted[key] for key in ("config", "inputs")):
+            raise UserError(
+                f"{path} was computed from other data, weights or settings: delete it and run the fit stage again "
+                f"(forgetrace fit --features {self.name})."
+            )
+        return features
+
+    def _made_by(self) -> dict:
+        inputs = {path.removeprefix(f"{self.layout.root}/"): path for path in self.inputs()}
+        return provenance(self.settings(), inputs)
+
+
+class FeatureSimilarity(Together):
+    """A method that compares the features of the query with those of the training images."""
+
+    @abstractmethod
+    def compared(self) -> Comparable:
+        """The features."""
+
+    @staticmethod
+    @abstractmethod
+    def similarity(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
+        """(N, width) and (width,) -> (N,), float64."""
+
+    def features(self) -> list[Features]:
+        """One kind of them."""
+        return [self.compared()]
+
+    def inputs(self, query: str) -> list[str]:
+        """The list of training images, their features and the file of the query."""
+        compared = self.compared()
+        return [self.layout.index, self.layout.features(compared.name), compared.query_input(query)]
+
+    def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
+        """Similarity of every training image to each query."""
+        compared = self.compared()
+        rows = compared.kept().astype(float)
+        features = compared.of_queries(queries).astype(float)
+        return {query: self.similarity(rows, row) for query, row in zip(queries, features, strict=True)}
