@@ -98,6 +98,22 @@ def test_all_wrong_keys_are_named_at_once():
             "'train': prediction epsilon cannot .* squaredcos_cap_v2 .* take v_pred",
         ),
         ({"unlearn": {"v": {}}}, "'unlearn.v.step_size'"),
+        (
+            {"unlearn": {"v": {"procedure": "adam"}}},
+            "'unlearn.v.step_size': give one, only procedure mucs has a default",
+        ),
+        ({"unlearn": {"v": {"step_size": None}}}, "'unlearn.v.step_size': give one"),
+        ({"unlearn": {"v": {"procedure": "mucs", "step_size": 0}}}, "'unlearn.v.step_size'"),
+        ({"unlearn": {"v": {"procedure": ["mucs"], "step_size": 1}}}, "'unlearn.v.procedure'"),
+        ({"unlearn": {"v": "mucs"}}, "'unlearn.v'"),
+        (
+            {"unlearn": {"v": {"procedure": "adam", "step_size": 1, "curvature": "diagonal"}}},
+            "'unlearn.v': curvature would have no effect with procedure adam: remove the key",
+        ),
+        (
+            {"unlearn": {"v": {"procedure": "mucs", "damping": 0.1, "curvature": "diagonal"}}},
+            "'unlearn.v': curvature and damping would have no effect with procedure mucs: remove",
+        ),
         ({"unlearn": {"V 1": {"step_size": 1}}}, "unlearn"),
         ({"unlearn": {"v": {"step_size": 1, "weights": "most"}}}, "'unlearn.v.weights'"),
         ({"score": {"methods": {}}}, "'score.methods'"),
@@ -173,3 +189,28 @@ def test_an_option_younger_than_finished_results_is_no_part_of_them_while_it_is_
     without, narrowed = Scan(), Scan(narrowing=Narrowing())
     assert "narrowing" not in without.model_dump(mode="json")
     assert narrowed.model_dump(mode="json")["narrowing"]["first"] == 6
+
+
+def test_a_newton_steps_results_hang_on_what_they_always_did():
+    plain = parse(unlearn={"v": {"step_size": 1e-4}}).unlearn["v"]
+    assert plain == parse(unlearn={"v": {"step_size": 1e-4, "procedure": "newton"}}).unlearn["v"]
+    assert plain.model_dump() == plain.model_dump(mode="json") == {
+        "curvature": "diagonal",
+        "weights": "all",
+        "step_size": 1e-4,
+        "steps": 1,
+        "draws": 2048,
+        "damping": 0.1,
+    }  # fmt: skip
+
+
+def test_a_procedure_has_defaults_of_its_own():
+    variants = {"a": {"procedure": "adam", "step_size": 1e-4}, "m": {"procedure": "mucs"}}
+    adam, mucs = parse(unlearn=variants, train={"learning_rate": 3e-3}).unlearn.values()
+    assert (adam.curvature, adam.weights, adam.steps, adam.draws, adam.step_size) == ("none", "all", 1, 2048, 1e-4)
+    assert (mucs.curvature, mucs.weights, mucs.steps, mucs.draws) == ("none", "mlp", 1000, 100)
+    assert mucs.step_size == pytest.approx(3e-4)
+    assert [variant.model_dump()["procedure"] for variant in (adam, mucs)] == ["adam", "mucs"]
+    own = {"procedure": "mucs", "weights": "all", "steps": 7, "draws": 9, "step_size": 1}
+    kept = parse(unlearn={"m": own}).unlearn["m"].model_dump()
+    assert {key: kept[key] for key in own} == own

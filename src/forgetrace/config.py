@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from forgetrace.artifacts import UserError
 
@@ -18,11 +18,16 @@ NAME = r"^[a-z0-9]([a-z0-9_.-]*[a-z0-9])?$"
 Name = Annotated[str, Field(pattern=NAME)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
-Subset = Literal["cross-attn-kv", "cross-attn", "attn", "all"]
+Subset = Literal["cross-attn-kv", "cross-attn", "attn", "mlp", "all"]
 STEP = 4  # draws by which a narrowed scan goes on
 SEED_SET = "seed"  # the "method" of retrainings on all of D: only the training seed differs
 RANDOM = "random"
 HALF_SET = "half"  # the "method" of models trained on random halves of D
+# What the options of a procedure are where the config does not say and Variant's defaults do not suit it.
+PROCEDURES = {
+    "adam": {"curvature": "none"},
+    "mucs": {"curvature": "none", "weights": "mlp", "steps": 1000, "draws": 100},
+}
 
 
 def _unused(value: object) -> bool:
@@ -158,16 +163,50 @@ class Fit(Section):
 class Variant(Section):
     """One way to unlearn a query."""
 
+    procedure: Literal["newton", "adam", "mucs"] = Field(
+        "newton",
+        description="Newton steps (AbU); gradient ascent by Adam (Forward-INF); or training on with the query's loss "
+        "raised to an untrained model's (MUCS).",
+        # Younger than finished results, which hang on the options of a Newton step.
+        exclude_if=lambda procedure: procedure == "newton",
+    )
     curvature: Literal["diagonal", "ekfac", "none"] = Field(
         "diagonal",
         description="Fisher that preconditions the step: diagonal (AbU) or EK-FAC (AbU+); none is plain gradient "
         "ascent.",
     )
-    weights: Subset = Field("all", description="Weights that may change.")
-    step_size: float = Field(gt=0, description="α of the step (α/N)(F+λ)⁻¹∇L; without curvature, α·∇L.")
-    steps: Positive = Field(1, description="Steps, each with a fresh gradient.")
-    draws: Positive = Field(2048, description="Draws of (t, ε) for each gradient.")
+    weights: Subset = Field("all", description="Weights that may change (mucs: mlp).")
+    step_size: float | None = Field(
+        None,
+        gt=0,
+        validate_default=True,
+        description="α of the step (α/N)(F+λ)⁻¹∇L; without curvature, α·∇L; with adam and mucs the learning rate "
+        "(mucs: a tenth of train.learning_rate, else required).",
+    )
+    steps: Positive = Field(1, description="Steps, each with a fresh gradient; with mucs at most as many (mucs: 1000).")
+    draws: Positive = Field(
+        2048,
+        description="Draws of (t, ε) for each gradient; with mucs as many of the query and of D (mucs: 100).",
+    )
     damping: float = Field(0.1, ge=0, description="λ of each layer as a multiple of its mean Fisher entry.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_procedure(cls, given: object):
+        procedure = given.get("procedure") if isinstance(given, dict) else None
+        if procedure not in tuple(PROCEDURES):
+            return given  # newton, or for the fields to refuse
+        fixed = PROCEDURES[procedure]
+        if useless := [k for k in ("curvature", "damping") if k in given and given[k] != fixed.get(k)]:
+            raise ValueError(f"{' and '.join(useless)} would have no effect with procedure {procedure}: remove the key")
+        return fixed | given
+
+    @field_validator("step_size")
+    @classmethod
+    def _has_a_step_size(cls, value: float | None, info: ValidationInfo):
+        if value is None and info.data.get("procedure", "mucs") != "mucs":
+            raise ValueError("give one, only procedure mucs has a default")
+        return value
 
 
 class Narrowing(Section):
@@ -335,6 +374,14 @@ class Config(Section):
     retrain: Retrain = Retrain()
     evaluate: Evaluate = Evaluate()
     figures: Figures = Figures()
+
+    @model_validator(mode="after")
+    def _step_sizes(self):
+        for name, variant in self.unlearn.items():
+            if variant.step_size is None:
+                rate = self.train.learning_rate / 10  # MUCS, section 4
+                self.unlearn[name] = variant.model_copy(update={"step_size": rate})
+        return self
 
     @model_validator(mode="after")
     def _coherent(self):

@@ -40,9 +40,10 @@ BY_HAND = {
         "train": (1, 1, 60 * 16),
         "synthesize": (2, 0, 2 * 5),
         "fit": (1, 0, 200),
-        "unlearn": (2 * 2, 0, 4 * (64 + 2 * (1000 + 4 * 256))),
-        "scan": (1 + 2 * 2, 0, 5 * 300 * 4),
-        "score": (6 * 2, 0, 0),
+        # MUCS has steps of 16 draws of the query and 16 of images, and an untrained model's loss.
+        "unlearn": (4 * 2, 0, 2 * (64 + 64 + 2 * 16 + 2 * 2 * 16 + 1000) + 8 * 2 * (1000 + 4 * 256)),
+        "scan": (1 + 4 * 2, 0, 9 * 300 * 4),
+        "score": (8 * 2, 0, 0),
         "retrain": (2 + 1 + 2 * 2, 7, 7 * 60 * 16 + 4 * (20 + 5)),
         "measure": (2, 0, 2 * (1 + 2 + 1) * (20 + 5)),
         "evaluate": (1, 0, 0),
@@ -93,6 +94,14 @@ def test_the_draws_of_ekfac_are_passed_over_twice():
     both = counted(unlearn={"unlearn": {"step_size": 1}, "unlearn-sgd": {"curvature": "ekfac", "step_size": 1}})["fit"]
     assert both == Work(2, {work.TORCH: 2, work.FISHER: 60, work.EKFAC: 2 * 60})
     assert both.evaluations(1) == 3 * 60
+
+
+def test_mucs_is_counted_with_all_its_steps_and_its_untrained_model():
+    adam = {"procedure": "adam", "step_size": 1e-3, "steps": 3, "draws": 8}
+    done = counted(unlearn={"unlearn": adam, "unlearn-sgd": {"procedure": "mucs", "steps": 5, "draws": 7}})
+    assert done["fit"].jobs == 0
+    assert done["unlearn"].units[work.GRADIENT] == 3 * (3 * 8 + 5 * 2 * 7)
+    assert done["unlearn"].units[work.LOSS] == 3 * (2 * 2 * (1000 + 4 * 40) + 1000)
 
 
 def test_the_checks_of_unlearning_are_as_many_as_it_makes():

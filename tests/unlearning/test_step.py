@@ -182,8 +182,8 @@ def test_step_scale_and_curvature_follow_the_variant(tiny):
     newton, ascent = tiny.config.unlearn["unlearn"], tiny.config.unlearn["unlearn-sgd"]
     assert step_scale(newton, 40) == 1e-4 / 40
     assert step_scale(ascent, 40) == 1e-2
-    assert isinstance(load_curvature(tiny, newton), DiagonalFisher)
-    assert isinstance(load_curvature(tiny, ascent), Identity)
+    assert isinstance(load_curvature(tiny, newton.curvature, newton.damping), DiagonalFisher)
+    assert isinstance(load_curvature(tiny, ascent.curvature, ascent.damping), Identity)
 
 
 def test_others_are_a_fixed_sample(tiny):

@@ -39,6 +39,15 @@ def test_attention_leaves_out_norms_and_feed_forward(weights):
     assert kinds == {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias"}
 
 
+def test_mlp_is_the_matrices_of_feed_forward_and_time_embedding(weights):
+    chosen = select(weights, "mlp")
+    assert sum(name.startswith("time_embedding.linear_") for name in chosen) == 2
+    feed_forward = [name for name in chosen if ".transformer_blocks.0.ff.net." in name]
+    assert len(feed_forward) == 2 * 4  # both layers of every transformer
+    assert len(chosen) == 2 + 2 * 4
+    assert all(name.endswith(".weight") and len(weights[name]) == 2 for name in chosen)
+
+
 def test_the_given_order_is_kept(weights):
     names = list(weights)
     assert select(reversed(names), "attn") == list(reversed(select(names, "attn")))

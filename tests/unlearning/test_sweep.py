@@ -89,6 +89,7 @@ def test_a_trial_is_what_the_stage_would_do(tiny, monkeypatch):
     """The swept losses at the configured step size are those the unlearn stage writes for that query."""
     monkeypatch.setattr(module, "largest_within", lambda rise, share, start: rise(start) and start)
     variants = {"unlearn": {"step_size": 1e-4, "draws": 16}, "steps": {"step_size": 1e-4, "draws": 16, "steps": 2}}
+    variants["adam"] = {"procedure": "adam", "step_size": 1e-4, "draws": 16}
     queries = {"queries": [{"pool": "tuning", "count": 1}]}
     layout = replace(tiny, config=settings(unlearn=variants, synthesize=queries))
     synthesize(layout, "tuning-00", "cpu")
@@ -100,6 +101,20 @@ def test_a_trial_is_what_the_stage_would_do(tiny, monkeypatch):
         assert row["query_before"] == pytest.approx(losses["before"]["query"], rel=1e-6)
         assert row["query_after"] == pytest.approx(losses["after"]["query"], rel=1e-6)
         assert row["others_after"] == pytest.approx(losses["after"]["others"], rel=1e-6)
+
+
+def test_adams_rate_can_be_swept(tiny, monkeypatch):
+    monkeypatch.setattr(module, "BISECTIONS", 1)
+    layout = replace(tiny, config=settings(unlearn={"unlearn": {"procedure": "adam", "step_size": 1e-3, "draws": 8}}))
+    chosen, tried = sweep(layout, "unlearn", queries=1, share=0.02, device="cpu")
+    rises = (tried["others_after"] / tried["others_before"] - 1).set_axis(tried["step_size"])
+    assert rises[rises.index <= chosen].max() <= 0.02 < rises.max()
+
+
+def test_a_variant_that_stops_by_itself_is_not_swept(tiny):
+    layout = replace(tiny, config=settings(unlearn={"unlearn": {"step_size": 1}, "mirrored": {"procedure": "mucs"}}))
+    with pytest.raises(UserError, match=r"^--variant mirrored: how far mucs goes is set by its bound"):
+        sweep(layout, "mirrored", queries=1, share=0.02)
 
 
 def test_more_queries_than_captions_is_an_error(tiny):

@@ -62,6 +62,20 @@ def example_losses(
     return (prediction - target).square().flatten(1).mean(dim=1)
 
 
+def draw_losses(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    captions: torch.Tensor,
+    timesteps: np.ndarray,
+    noise: np.ndarray,
+) -> torch.Tensor:
+    """:func:`example_losses` of draws as :mod:`forgetrace.diffusion.noise` makes them, on the model's device."""
+    device = next(unet.parameters()).device
+    tensors = latents, captions, torch.from_numpy(timesteps), torch.from_numpy(noise)
+    return example_losses(unet, scheduler, *(tensor.to(device) for tensor in tensors))
+
+
 @torch.no_grad()
 def batched_losses(
     unet: UNet2DConditionModel,
@@ -72,7 +86,7 @@ def batched_losses(
     noise: np.ndarray,
     batch: int = 128,
 ) -> np.ndarray:
-    """:func:`example_losses` of n examples, a batch at a time on the model's device.
+    """:func:`draw_losses` of n examples, a batch at a time.
 
     Args:
         unet: f_θ.
@@ -86,18 +100,8 @@ def batched_losses(
     Returns:
         Losses (n,), float64.
     """
-    device = next(unet.parameters()).device
     losses = []
     for start in range(0, len(timesteps), batch):
         part = slice(start, start + batch)
-        losses.append(
-            example_losses(
-                unet,
-                scheduler,
-                latents[part].to(device),
-                captions[part].to(device),
-                torch.from_numpy(timesteps[part]).to(device),
-                torch.from_numpy(noise[part]).to(device),
-            ).cpu()
-        )
+        losses.append(draw_losses(unet, scheduler, latents[part], captions[part], timesteps[part], noise[part]).cpu())
     return torch.cat(losses).double().numpy()

@@ -49,10 +49,11 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
         return {LOSS: len(queries) * models * asked, SAMPLER: len(generated) * models * sampled}
 
     unlearned, fits = len(variants) * len(queries), fitted(config)
-    gradients = len(queries) * sum(variant.steps * variant.draws for variant in variants)
+    mirrored = sum(variant.procedure == "mucs" for variant in variants)  # asks an untrained model for its loss too
+    gradients = len(queries) * sum(v.steps * v.draws * (2 if v.procedure == "mucs" else 1) for v in variants)  # at most
     asking, narrowing = {TORCH: len(queries)}, config.scan.narrowing
     most, mean = (narrowing.most, narrowing.mean) if narrowing else (config.scan.timesteps,) * 2  # of θ0, of a query
-    checks = 2 * (QUERY_DRAWS + OTHERS_DRAWS * min(OTHERS, images))
+    checks = 2 * (QUERY_DRAWS + OTHERS_DRAWS * min(OTHERS, images)) * unlearned + QUERY_DRAWS * mirrored * len(queries)
     scores, figures = len(config.score.methods) * len(queries), len(catalogue.names(layout))
     return {
         "prepare": Work(1, {START: 1, PREPARED: 1}),
@@ -60,7 +61,7 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
         "train": Work(1, {TORCH: 1, STEP: recipe.steps}, recipe.threads),
         "synthesize": Work(len(queries), asking | {CAPTION: len(queries), SAMPLER: len(generated) * sampled}),
         "fit": Work(len(fits), {TORCH: len(fits)} | {unit: config.fit.draws * n for unit, n in fits.values()}),
-        "unlearn": Work(unlearned, {TORCH: unlearned, GRADIENT: gradients, LOSS: unlearned * checks}),
+        "unlearn": Work(unlearned, {TORCH: unlearned, GRADIENT: gradients, LOSS: checks}),
         "scan": Work(1 + unlearned, {TORCH: 1 + unlearned, SCAN: round(images * (most + unlearned * mean))}),
         "score": Work(scores, {START: scores}),
         "retrain": Work(retrained, {TORCH: retrained, STEP: retrained * recipe.steps} | measuring(own), recipe.threads),

@@ -8,6 +8,7 @@ repeated ``steps`` times with a fresh gradient. Without curvature it is plain gr
 ``θ ← θ + α ∇L``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from forgetrace.artifacts import UserError
 from forgetrace.curvature.contract import Curvature
-from forgetrace.diffusion.loss import batched_losses, example_losses
+from forgetrace.diffusion.loss import batched_losses, draw_losses
 from forgetrace.diffusion.noise import monte_carlo
 
 BATCH = 128
@@ -57,19 +58,10 @@ def query_gradient(
     """
     weights = {name: weight.requires_grad_(name in names) for name, weight in unet.named_parameters()}
     wanted = [weights[name] for name in names]
-    device = wanted[0].device
     total = [torch.zeros_like(weight) for weight in wanted]
     for start in range(draws.start, draws.stop, BATCH):
         numbers = range(start, min(start + BATCH, draws.stop))
-        latents, prompts, timesteps, noise = _examples(scheduler, query, numbers, seed, "unlearn")
-        loss = example_losses(
-            unet,
-            scheduler,
-            latents.to(device),
-            prompts.to(device),
-            torch.from_numpy(timesteps).to(device),
-            torch.from_numpy(noise).to(device),
-        ).sum()
+        loss = draw_losses(unet, scheduler, *query_draws(scheduler, query, numbers, seed)).sum()
         for sum_, gradient in zip(total, torch.autograd.grad(loss, wanted), strict=True):
             sum_ += gradient
     unet.requires_grad_(False)
@@ -80,10 +72,10 @@ def query_loss(
     unet: UNet2DConditionModel, scheduler: DDPMScheduler, query: Query, seed: int, draws: int = 1000
 ) -> float:
     """L(ẑ, ĉ; θ), the mean over draws that no step was taken on."""
-    return float(batched_losses(unet, scheduler, *_examples(scheduler, query, range(draws), seed, "check")).mean())
+    return float(batched_losses(unet, scheduler, *query_draws(scheduler, query, range(draws), seed, "check")).mean())
 
 
-def _examples(scheduler: DDPMScheduler, query: Query, numbers: range, seed: int, purpose: str):
+def query_draws(scheduler: DDPMScheduler, query: Query, numbers: range, seed: int, purpose: str = "unlearn"):
     """The query repeated for the numbered draws: latents, token states, timesteps, noise."""
     length = scheduler.config.num_train_timesteps
     timesteps, noise = monte_carlo(seed, f"{purpose} {query.name}", numbers, length, tuple(query.latent.shape))
@@ -102,7 +94,7 @@ def unlearn(
     draws: int,
     seed: int,
 ) -> Weights:
-    """Take the unlearning steps, in place.
+    """Take the Newton steps, in place.
 
     Args:
         unet: θ0; holds θ_Q afterwards.
@@ -121,10 +113,35 @@ def unlearn(
     Raises:
         UserError: a weight became NaN or infinite.
     """
-    for step in range(steps):
-        numbers = range(step * draws, (step + 1) * draws)
-        direction = curvature.precondition(query_gradient(unet, scheduler, query, names, numbers, seed))
-        move(unet, direction, scale, query.name)
+
+    def step(gradient: Weights) -> None:
+        move(unet, curvature.precondition(gradient), scale, query.name)
+
+    return ascend(unet, scheduler, query, names, steps, draws, seed, step)
+
+
+def ascend(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    query: Query,
+    names: list[str],
+    steps: int,
+    draws: int,
+    seed: int,
+    step: Callable[[Weights], None],
+) -> Weights:
+    """Let ``step`` change the model by the gradient of the query's loss, time and again; the rest as :func:`unlearn`.
+
+    Returns:
+        The changed weights.
+    """
+    for i in range(steps):
+        step(query_gradient(unet, scheduler, query, names, range(i * draws, (i + 1) * draws), seed))
+    return current(unet, names)
+
+
+def current(unet: UNet2DConditionModel, names: list[str]) -> Weights:
+    """A copy of the named weights as they are now."""
     weights = dict(unet.named_parameters())
     return {name: weights[name].detach().clone() for name in names}
 

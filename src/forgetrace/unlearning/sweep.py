@@ -19,9 +19,9 @@ from forgetrace.diffusion.synthesis import generate_query
 from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import Layout
 from forgetrace.unlearning.sample import others_loss
-from forgetrace.unlearning.step import Query, move, query_gradient, query_loss, unlearn
+from forgetrace.unlearning.step import Query, move, query_gradient, query_loss
 from forgetrace.unlearning.subsets import select
-from forgetrace.unlearning.variants import load_curvature, step_scale
+from forgetrace.unlearning.variants import carry_out, load_curvature, step_scale
 
 BISECTIONS = 5
 FACTOR = 4.0
@@ -43,8 +43,12 @@ def sweep(layout: Layout, variant: str, queries: int, share: float, device: str 
         query_before, query_after, others_before, others_after.
 
     Raises:
-        UserError: no step size satisfies the bound, or the pool has too few captions.
+        UserError: no step size satisfies the bound, the pool has too few captions, or the variant stops by itself.
     """
+    if layout.config.unlearn[variant].procedure == "mucs":
+        raise UserError(
+            f"--variant {variant}: how far mucs goes is set by its bound and not by its step size, leave step_size out."
+        )
     pool = layout.config.prepare.tuning_captions
     if queries > pool:
         raise UserError(f"--queries {queries}: the tuning pool has only {pool} captions.")
@@ -92,13 +96,13 @@ class _Trials:
         self.encoded, self.scheduler = load_encoded(layout), load_scheduler(layout)
         self.unet = load_unet(layout, device)
         self.seed = layout.config.seed
-        self.names = select([name for name, _ in self.unet.named_parameters()], settings.weights)
         self.curvature = load_curvature(layout, settings.curvature, settings.damping)
         self.queries = [self._query(f"tuning-{i:02d}") for i in range(queries)]
         self.others_before = others_loss(self.unet, self.scheduler, self.encoded, self.seed)
         self.before = {query.name: self._query_loss(query) for query in self.queries}
-        # The first step's direction does not depend on its size: one gradient serves all trials.
-        self.first = {query.name: self._first_direction(query) for query in self.queries}
+        # The direction of a single Newton step does not depend on its size: one gradient serves all trials.
+        single = settings.procedure == "newton" and settings.steps == 1
+        self.directions = {query.name: self._direction(query) for query in self.queries} if single else {}
 
     def rise(self, step_size: float) -> float:
         """Mean relative rise of the others' loss over the tuning queries; infinite where a step fails."""
@@ -119,25 +123,15 @@ class _Trials:
 
     def _unlearn(self, query: Query, step_size: float) -> None:
         settings = self.settings.model_copy(update={"step_size": step_size})
-        scale = step_scale(settings, len(self.encoded))
-        if settings.steps == 1:
-            move(self.unet, self.first[query.name], scale, query.name)
-            return
-        unlearn(
-            self.unet,
-            self.scheduler,
-            query,
-            self.curvature,
-            self.names,
-            scale,
-            settings.steps,
-            settings.draws,
-            self.seed,
-        )
+        if direction := self.directions.get(query.name):
+            move(self.unet, direction, step_scale(settings, len(self.encoded)), query.name)
+        else:
+            config = self.layout.config
+            carry_out(config, settings, self.unet, self.scheduler, self.encoded, query, self.curvature)
 
-    def _first_direction(self, query: Query) -> dict[str, torch.Tensor]:
-        numbers = range(self.settings.draws)
-        gradient = query_gradient(self.unet, self.scheduler, query, self.names, numbers, self.seed)
+    def _direction(self, query: Query) -> dict[str, torch.Tensor]:
+        names = select([name for name, _ in self.unet.named_parameters()], self.settings.weights)
+        gradient = query_gradient(self.unet, self.scheduler, query, names, range(self.settings.draws), self.seed)
         return self.curvature.precondition(gradient)
 
     def _query(self, name: str) -> Query:

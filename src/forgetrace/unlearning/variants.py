@@ -3,18 +3,21 @@
 import math
 
 import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from forgetrace.artifacts import UserError, provenance, read_arrays, read_tensors, write_json, write_tensors
-from forgetrace.config import Variant
+from forgetrace.config import Config, Variant
 from forgetrace.curvature.contract import Curvature, Identity
 from forgetrace.curvature.diagonal import DiagonalFisher
 from forgetrace.curvature.ekfac import EKFAC
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet
-from forgetrace.encoding.store import load_encoded
+from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import Layout
+from forgetrace.unlearning.forward_inf import unlearn_by_adam
+from forgetrace.unlearning.mucs import unlearn_mirrored, untrained_loss
 from forgetrace.unlearning.sample import others_loss
-from forgetrace.unlearning.step import Query, query_loss, unlearn
+from forgetrace.unlearning.step import Query, Weights, query_loss, unlearn
 from forgetrace.unlearning.subsets import select
 
 
@@ -27,7 +30,6 @@ def unlearn_query(layout: Layout, variant: str, query: str, device: str = "auto"
     config, settings = layout.config, layout.config.unlearn[variant]
     encoded, scheduler = load_encoded(layout), load_scheduler(layout)
     unet, target = load_unet(layout, pick_device(device)), read_query(layout, query)
-    names = select([name for name, _ in unet.named_parameters()], settings.weights)
 
     def losses() -> dict[str, float]:
         return {
@@ -36,28 +38,55 @@ def unlearn_query(layout: Layout, variant: str, query: str, device: str = "auto"
         }
 
     before = losses()
-    changed = unlearn(
-        unet,
-        scheduler,
-        target,
-        load_curvature(layout, settings.curvature, settings.damping),
-        names,
-        step_scale(settings, len(encoded)),
-        settings.steps,
-        settings.draws,
-        config.seed,
-    )
+    curvature = load_curvature(layout, settings.curvature, settings.damping)
+    changed = carry_out(config, settings, unet, scheduler, encoded, target, curvature)
     after = losses()
     if not all(map(math.isfinite, after.values())):
+        damped = "" if settings.curvature == "none" else " or raise its damping"
         raise UserError(
-            f"Unlearning {query} with {variant} made the loss NaN or infinite: "
-            "lower the variant's step_size or raise its damping."
+            f"Unlearning {query} with {variant} made the loss NaN or infinite: lower the variant's step_size{damped}."
         )
     inputs = {"weights": layout.weights, "query": layout.query(query)["tensors"]}
     made_by = provenance({"unlearn": settings.model_dump(), "seed": config.seed}, inputs)
     files = layout.unlearned(variant, query)
     write_tensors(files["weights"], changed, made_by)
     write_json(files["losses"], {"before": before, "after": after, "made_by": made_by})
+
+
+def carry_out(
+    config: Config,
+    settings: Variant,
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    encoded: Encoded,
+    query: Query,
+    curvature: Curvature,
+) -> Weights:
+    """Unlearn a query by a variant's procedure, in place.
+
+    Args:
+        config: the experiment.
+        settings: the variant.
+        unet: θ0; holds θ_Q afterwards.
+        scheduler: its schedule.
+        encoded: D.
+        query: the image to forget.
+        curvature: the variant's, as :func:`load_curvature` gives it.
+
+    Returns:
+        The changed weights.
+
+    Raises:
+        UserError: a Newton step made a weight NaN or infinite.
+    """
+    names = select([name for name, _ in unet.named_parameters()], settings.weights)
+    often = settings.steps, settings.draws, config.seed
+    if settings.procedure == "adam":
+        return unlearn_by_adam(unet, scheduler, query, names, settings.step_size, *often)
+    if settings.procedure == "mucs":
+        null = untrained_loss(config.train, scheduler, query, config.seed, unet.device)
+        return unlearn_mirrored(unet, scheduler, query, encoded, null, names, settings.step_size, *often)
+    return unlearn(unet, scheduler, query, curvature, names, step_scale(settings, len(encoded)), *often)
 
 
 def step_scale(settings: Variant, images: int) -> float:
