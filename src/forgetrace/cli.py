@@ -218,12 +218,15 @@ def measure(config: ConfigPath, query: QueryName, threads: Threads = None, devic
 
 
 @app.command()
-def evaluate(config: ConfigPath) -> None:
+def evaluate(
+    config: ConfigPath,
+    partial: Annotated[bool, typer.Option(help="Make do with the models that have been measured so far.")] = False,
+) -> None:
     """Turn measurements into tables with intervals and tests."""
     layout = _experiment(config)
     from forgetrace.evaluation.tables import evaluate
 
-    evaluate(layout)
+    evaluate(layout, partial=partial)
 
 
 @app.command()
@@ -261,6 +264,7 @@ def tidy(
     from forgetrace.figures.catalogue import names
 
     wanted = layout.files() | {layout.figure(name, kind) for name in names(layout) for kind in ("png", "pdf")}
+    wanted |= {layout.features(name) for name in all_features(layout)}
     unfinished = {Path(folder) for folder in layout.unfinished()}
     made = ("report.html", "rules.dot", "rules.svg")  # by make report and make dag
     for path in sorted(path for path in Path(layout.root).rglob("*") if path.is_file()):
