@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 
 from forgetrace.artifacts import write_image, write_json, write_table
-from forgetrace.config import RANDOM, SEED_SET, parse_config
+from forgetrace.attribution.ranking import rank
+from forgetrace.config import HALF_SET, RANDOM, SEED_SET, parse_config
+from forgetrace.counterfactual.sets import half
 from forgetrace.layout import BASE, Layout
 
 TIMESTEPS = [0, 500]
@@ -77,6 +79,30 @@ def write_results(layout: Layout, picture: Callable[[int], np.ndarray] | None = 
             }
             write_json(measure["losses"], content)
             write_image(measure["image"], original if own else _shifted(original, SHIFT[method]))
+    write_at_once(layout)
+
+
+def write_at_once(layout: Layout) -> None:
+    """Write what models of halves and pools say of every query.
+
+    The losses of halves are what the scores of ``unlearn`` foretell, those of repetitions a tenth higher. Targets of a
+    pool rise by :data:`RISE`, K and number of the query as in :func:`loss_rise`, controls by 0.005 and their number.
+    """
+    for method, k, member in layout.half_models() + layout.pooled_models():
+        queries = {}
+        for number, query in enumerate(layout.config.queries()):
+            if method == HALF_SET:
+                kept = half(layout, TRAINING_IMAGES, member.partition("-")[0])
+                loss, mse = (1.1 if "seed" in member else 1.0) - kept @ scores(layout, "unlearn", query), 0.0
+            else:
+                target = query in layout.pool(member)
+                rise = RISE[method] + 0.001 * k if target else 0.005
+                loss, mse = BASE_LOSS + rise + 0.001 * number, 0.04 if target else 0.01
+            queries[query] = {"key": "noise", "loss": float(loss)}
+            if layout.config.image_query(query) is None:
+                queries[query]["mse"] = mse
+        record = {"method": method, "k": k, "member": member, "removed": 6, "queries": queries}
+        write_json(layout.losses(method, k, member), record)
 
 
 def _write_training(layout: Layout, picture: Callable[[int], np.ndarray]) -> None:
@@ -96,12 +122,19 @@ def _write_training(layout: Layout, picture: Callable[[int], np.ndarray]) -> Non
     write_table(layout.curve, pd.DataFrame(curve))
 
 
+def scores(layout: Layout, method: str, query: str) -> np.ndarray:
+    """Scores by image: of ``unlearn`` rolled by the query's number, of ``pixel-l2`` their negatives, else shuffled."""
+    number = layout.config.queries().index(query)
+    # No arithmetic series, in which sums of many halves would be equal but for rounding.
+    falling = np.roll(0.03 * 0.87 ** np.arange(TRAINING_IMAGES) - 0.01, number)
+    shuffled = np.random.default_rng(number).permutation(falling)
+    return {"unlearn": falling, "pixel-l2": -falling}.get(method, shuffled)
+
+
 def _write_scores(layout: Layout, query: str) -> None:
     ids = [f"digit-{i:04d}" for i in range(TRAINING_IMAGES)]
     for method in layout.config.score.methods:
-        scores = np.linspace(0.02, -0.01, TRAINING_IMAGES)
-        table = pd.DataFrame({"image_id": ids, "score": scores, "rank": range(1, TRAINING_IMAGES + 1)})
-        write_table(layout.score(method, query), table)
+        write_table(layout.score(method, query), rank(ids, scores(layout, method, query)))
 
 
 def _squares(i: int) -> np.ndarray:

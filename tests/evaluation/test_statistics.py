@@ -6,7 +6,9 @@ from forgetrace.evaluation.statistics import (
     bootstrap_means,
     holm,
     interval,
+    resampling_counts,
     sign_flip_test,
+    spearman,
     standard_error,
 )
 
@@ -114,3 +116,19 @@ def test_bootstrap_repeats_with_its_seed():
     values = np.random.default_rng(0).normal(size=(6, 3))
     assert np.array_equal(bootstrap_means([values], 50, 7), bootstrap_means([values], 50, 7))
     assert not np.array_equal(bootstrap_means([values], 50, 7), bootstrap_means([values], 50, 8))
+
+
+def test_spearman_is_scipys_on_every_resample():
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 6, 15).astype(float), random.normal(size=15)  # ties in x
+    counts = resampling_counts(15, 50, random)
+    assert (counts.sum(axis=1) == 15).all()
+    places = [np.repeat(np.arange(15), row.astype(int)) for row in counts]
+    expected = [stats.spearmanr(x[rows], y[rows]).statistic for rows in places]
+    assert spearman(x, y, counts) == pytest.approx(expected)
+    assert spearman(x, y) == pytest.approx([stats.spearmanr(x, y).statistic])
+
+
+def test_spearman_of_values_that_are_all_equal_is_zero():
+    assert spearman(np.ones(4), np.arange(4.0)).tolist() == [0]
+    assert spearman(np.arange(2.0), np.arange(2.0), np.array([[2.0, 0.0], [1.0, 1.0]])).tolist() == [0, 1]

@@ -46,10 +46,12 @@ def bootstrap_means(samples: Sequence[np.ndarray], resamples: int, seed: int) ->
         Shape (len(samples), resamples).
     """
     random = np.random.default_rng(seed)
-    query_weights = _resampling_weights(len(samples[0]), resamples, random)
+    queries = len(samples[0])
+    query_weights = resampling_counts(queries, resamples, random) / queries
     means = np.empty((len(samples), resamples))
     for row, values in enumerate(samples):
-        draw_weights = _resampling_weights(values.shape[1], resamples, random)
+        draws = values.shape[1]
+        draw_weights = resampling_counts(draws, resamples, random) / draws
         means[row] = ((query_weights @ values) * draw_weights).sum(axis=1)
     return means
 
@@ -121,6 +123,36 @@ def holm(p: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def _resampling_weights(size: int, resamples: int, random: np.random.Generator) -> np.ndarray:
-    """Shares of n items in samples with replacement, shape (resamples, n); rows sum to 1."""
-    return random.multinomial(size, np.full(size, 1 / size), size=resamples) / size
+def spearman(x: np.ndarray, y: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+    """Spearman's rank correlation of n pairs in samples that repeat some and lack others.
+
+    Equal values share the mean of their ranks, and so do the copies of a pair. Where all x or all y of a sample are
+    equal, nothing is predicted: 0.
+
+    Args:
+        x: shape (n,).
+        y: shape (n,).
+        counts: how often each pair is in each sample, shape (resamples, n), rows sum to n; by default once in one.
+
+    Returns:
+        Shape (resamples,), in [-1, 1].
+    """
+    counts = np.ones((1, len(x))) if counts is None else counts
+    a, b = _centred_ranks(x, counts), _centred_ranks(y, counts)
+    scale = np.sqrt((counts * a * a).sum(axis=1) * (counts * b * b).sum(axis=1))
+    return np.divide((counts * a * b).sum(axis=1), scale, out=np.zeros(len(counts)), where=scale > 0)
+
+
+def _centred_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Ranks of n values in each sample of :func:`spearman`, less their mean; shape (resamples, n).
+
+    The rank of a value is the number of those below it and half of those equal to it, itself among them: a matrix
+    product instead of a sort per sample, exact because ranks are multiples of a half.
+    """
+    below = (values < values[:, None]) + 0.5 * (values == values[:, None])
+    return counts @ below.T - len(values) / 2
+
+
+def resampling_counts(size: int, resamples: int, random: np.random.Generator) -> np.ndarray:
+    """How often each of n items is in samples of n with replacement, shape (resamples, n), float64."""
+    return random.multinomial(size, np.full(size, 1 / size), size=resamples).astype(float)
