@@ -4,6 +4,7 @@ from scipy import stats
 
 from forgetrace.evaluation.statistics import (
     bootstrap_means,
+    crossed_interval,
     holm,
     interval,
     resampling_counts,
@@ -132,3 +133,16 @@ def test_spearman_is_scipys_on_every_resample():
 def test_spearman_of_values_that_are_all_equal_is_zero():
     assert spearman(np.ones(4), np.arange(4.0)).tolist() == [0]
     assert spearman(np.arange(2.0), np.arange(2.0), np.array([[2.0, 0.0], [1.0, 1.0]])).tolist() == [0, 1]
+
+
+def test_a_crossed_interval_by_hand():
+    # Values 1, 3: s²/n = 1. Resampled they move by (-1, -1) or (1, 1): variance 4/3 each and covariance 4/3 of four.
+    moved = np.array([[0.0, 2.0], [2.0, 4.0], [0.0, 2.0], [2.0, 4.0]])
+    error, low, high = crossed_interval(np.array([1.0, 3.0]), moved)
+    assert error == pytest.approx(np.sqrt(1 + 4 / 3))
+    assert (low + high) / 2 == pytest.approx(2)
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 1) * error)
+    # Moved against each other they say nothing about the mean, of which s²/n is all there is.
+    apart = np.array([[0.0, 4.0], [2.0, 2.0]])
+    assert crossed_interval(np.array([1.0, 3.0]), apart)[0] == pytest.approx(1)
+    assert np.isnan(crossed_interval(np.array([1.0]), np.ones((5, 1)))).all()

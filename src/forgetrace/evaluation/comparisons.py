@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from forgetrace.evaluation.statistics import holm, interval, sign_flip_test
+from forgetrace.evaluation.statistics import holm, sign_flip_test
 
 COMPARISONS = [
     "k", "metric", "method_a", "method_b", "n_queries",
@@ -19,13 +19,13 @@ class Pair(NamedTuple):
         a: a method.
         b: another one.
         difference: a less b, one per query, shape (queries,).
-        resampled: bootstrap means of the difference, shape (resamples,).
+        interval: 95% interval of its mean.
     """
 
     a: str
     b: str
     difference: np.ndarray
-    resampled: np.ndarray
+    interval: tuple[float, float]
 
 
 def family(k: int, metric: str, pairs: list[Pair], seed: int) -> list[tuple]:
@@ -40,7 +40,6 @@ def family(k: int, metric: str, pairs: list[Pair], seed: int) -> list[tuple]:
     p = np.array([sign_flip_test(pair.difference, seed) for pair in pairs])
     rows = []
     for pair, own, corrected in zip(pairs, p, holm(p), strict=True):
-        queries = len(pair.difference)
-        low, high = interval(pair.resampled, queries)
-        rows.append((k, metric, pair.a, pair.b, queries, pair.difference.mean(), low, high, own, corrected))
+        queries, mean = len(pair.difference), pair.difference.mean()
+        rows.append((k, metric, pair.a, pair.b, queries, mean, *pair.interval, own, corrected))
     return rows

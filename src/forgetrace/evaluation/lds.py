@@ -15,10 +15,10 @@ Trainings differ by their seed, so that even the expected losses would not reach
 
 Both need at least two trainings of each half.
 
-Intervals cover two factors: another choice of queries, and another choice of halves (with their training noise) which
-all queries share. Halves and queries are resampled independently of each other (pigeonhole bootstrap, Owen 2007), the
-same for every method, and the ranks are taken anew in every sample. A query's own noise enters by both factors, so the
-intervals are rather too wide than too short. Tests (sign flips over queries) take the halves as given.
+Standard errors and intervals cover two factors: another choice of queries, and another choice of halves (with the
+noise of their trainings), which all queries share; see :func:`forgetrace.evaluation.statistics.crossed_interval`.
+The halves are resampled for that, the same for every method, and the ranks taken anew in every sample. Tests (sign
+flips over queries) take the halves as given.
 """
 
 from collections.abc import Mapping
@@ -35,13 +35,7 @@ from forgetrace.config import CEILING, RANDOM, SEED_SET
 from forgetrace.counterfactual.sets import half
 from forgetrace.evaluation.comparisons import Pair, family
 from forgetrace.evaluation.measures import read_brief
-from forgetrace.evaluation.statistics import (
-    interval,
-    resampling_counts,
-    sign_flip_test,
-    spearman,
-    standard_error,
-)
+from forgetrace.evaluation.statistics import crossed_interval, resampling_counts, sign_flip_test, spearman
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
 
@@ -162,7 +156,7 @@ def per_query(layout: Layout, found: Correlations) -> pd.DataFrame:
 def summary(layout: Layout, found: Correlations, shape: tuple[int, int]) -> pd.DataFrame:
     """Mean over the queries of each pool (``queries``) with standard error, 95% interval and p against random.
 
-    n and the standard error count queries; the interval is over halves as well. p is of the two-sided sign-flip test
+    n counts queries; standard error and interval are over queries and halves. p is of the two-sided sign-flip test
     over queries and takes the halves as given.
 
     Args:
@@ -170,19 +164,18 @@ def summary(layout: Layout, found: Correlations, shape: tuple[int, int]) -> pd.D
         found: of :func:`correlations`.
         shape: halves and seeds behind them.
     """
-    rows, seed = [], layout.config.seed
+    rows = []
     for origin in ORIGINS:
         pool = {method: _of(layout, values, origin) for method, values in found.items()}
         for method, values in pool.items():
             if not values:
                 continue
-            points, means = _points(values), _resampled_means(values, seed)
-            low, high = interval(means, len(points))
-            p, error = _p_against(pool.get(RANDOM, {}), values, method, seed), standard_error(points)
+            points, (error, low, high) = _points(values), _spread(values)
+            p = _p_against(pool.get(RANDOM, {}), values, method, layout.config.seed)
             rows.append((origin, method, len(points), *shape, points.mean(), error, low, high, p))
             if method == SEED_SET:
-                reached = [ceiling(value, shape[1]) for value in (points.mean(), low, high)]
-                rows.append((origin, CEILING, len(points), *shape, reached[0], np.nan, *reached[1:], np.nan))
+                mean, low, high = (ceiling(value, shape[1]) for value in (points.mean(), low, high))
+                rows.append((origin, CEILING, len(points), *shape, mean, np.nan, low, high, np.nan))
     return pd.DataFrame(rows, columns=LDS)
 
 
@@ -190,23 +183,23 @@ def ceiling(agreement: float, seeds: int) -> float:
     """What perfect predictions reach against the mean of s trainings (Spearman and Brown).
 
     Args:
-        agreement: correlation ρ of two trainings; below 0 it is noise and counts as 0.
+        agreement: correlation ρ of two trainings; an end of its interval beyond 0 or 1 counts as that.
         seeds: trainings s of each half.
     """
-    agreement = max(agreement, 0.0) if np.isfinite(agreement) else agreement
+    agreement = np.clip(agreement, 0.0, 1.0)
     return float(np.sqrt(seeds * agreement / (1 + (seeds - 1) * agreement)))
 
 
 def comparisons(layout: Layout, found: Correlations) -> list[tuple]:
     """Rows of ``comparisons.csv``, metric ``lds``, K = 0: every pair of methods on the reported queries."""
-    reported, seed, pairs = layout.config.reported_queries(), layout.config.seed, []
+    reported, pairs = layout.config.reported_queries(), []
     methods = sorted((method for method in found if method != SEED_SET), key=lambda method: method == RANDOM)
     for a, b in combinations(methods, 2):
         both = [query for query in reported if query in found[a] and query in found[b]]
         if both:
             difference = {query: found[a][query] - found[b][query] for query in both}
-            pairs.append(Pair(a, b, _points(difference), _resampled_means(difference, seed)))
-    return family(0, "lds", pairs, seed)
+            pairs.append(Pair(a, b, _points(difference), _spread(difference)[1:]))
+    return family(0, "lds", pairs, layout.config.seed)
 
 
 def _of(layout: Layout, values: dict[str, np.ndarray], origin: str) -> dict[str, np.ndarray]:
@@ -218,12 +211,9 @@ def _points(values: dict[str, np.ndarray]) -> np.ndarray:
     return np.array([value[0] for value in values.values()])
 
 
-def _resampled_means(values: dict[str, np.ndarray], seed: int) -> np.ndarray:
-    """Means over resampled queries of the scores over resampled halves, shape (resamples,)."""
-    resampled = np.stack([value[1:] for value in values.values()], axis=1)
-    resamples, queries = resampled.shape
-    counts = resampling_counts(queries, resamples, generator(seed, "lds", "queries"))
-    return (resampled * counts).sum(axis=1) / queries
+def _spread(values: dict[str, np.ndarray]) -> tuple[float, float, float]:
+    """Standard error and interval of the mean score."""
+    return crossed_interval(_points(values), np.stack([value[1:] for value in values.values()], axis=1))
 
 
 def _p_against(random: dict[str, np.ndarray], values: dict[str, np.ndarray], method: str, seed: int) -> float:

@@ -79,6 +79,33 @@ def interval(means: np.ndarray, queries: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def crossed_interval(values: np.ndarray, resampled: np.ndarray) -> tuple[float, float, float]:
+    """Standard error and 95% interval of a mean over queries that share a second sample, such as random halves.
+
+    The spread of the values over queries, s²/n, holds what differs between queries and each query's own share of the
+    second sample's noise, but not what a different second sample would move in all queries alike. That is the mean
+    covariance c of two queries when the second sample is resampled, so the variance of the mean is s²/n + c. (To
+    resample both factors at once, as :func:`bootstrap_means` does for draws, counts every query's own noise twice:
+    where that is large, as here, intervals become half again as wide as they should be.) The interval is Student's,
+    with n - 1 degrees of freedom.
+
+    Args:
+        values: one per query, shape (n,).
+        resampled: the same in bootstrap samples of the second factor, shape (resamples, n).
+
+    Returns:
+        Standard error, lower and upper end; NaN for a single query.
+    """
+    queries = len(values)
+    if queries < 2:
+        return float("nan"), float("nan"), float("nan")
+    of_sum, of_each = resampled.sum(axis=1).var(ddof=1), resampled.var(axis=0, ddof=1).sum()
+    covariance = (of_sum - of_each) / (queries * (queries - 1))
+    error = np.sqrt(standard_error(values) ** 2 + max(covariance, 0.0))
+    reach = stats.t.ppf(0.5 + CONFIDENCE / 2, queries - 1) * error
+    return float(error), float(values.mean() - reach), float(values.mean() + reach)
+
+
 def sign_flip_test(differences: np.ndarray, seed: int) -> float:
     """Two-sided p of a paired permutation test of mean difference zero (Fisher 1935).
 

@@ -131,7 +131,8 @@ def comparisons(values: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame
             both = _paired(samples[a], samples[b])
             if len(both[0]):
                 means_a, means_b = bootstrap_means(both, resamples, seed)
-                pairs.append(Pair(a, b, both[0].mean(axis=1) - both[1].mean(axis=1), means_a - means_b))
+                difference = both[0].mean(axis=1) - both[1].mean(axis=1)
+                pairs.append(Pair(a, b, difference, interval(means_a - means_b, len(difference))))
         rows += family(k, metric, pairs, seed)
     return pd.DataFrame(rows, columns=COMPARISONS)
 
