@@ -232,7 +232,7 @@ def evaluate(
 @app.command()
 def figures(
     config: ConfigPath,
-    name: Annotated[str, typer.Option(help="training, delta, attribution-<query> or counterfactual-<query>.")],
+    name: Annotated[str, typer.Option(help="training, delta, lds, attribution-<query> or counterfactual-<query>.")],
 ) -> None:
     """Draw one figure as PNG and PDF."""
     layout = _experiment(config)

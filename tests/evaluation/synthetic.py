@@ -21,22 +21,29 @@ RISE = {BASE: 0.0, "unlearn": 0.05, "pixel-l2": 0.02, RANDOM: 0.01, SEED_SET: 0.
 SHIFT = {BASE: 0, "unlearn": 51, "pixel-l2": 25, RANDOM: 10, SEED_SET: 5}
 
 
-def experiment(own_image: bool = False, **retrain) -> Layout:
+def experiment(own_image: bool = False, more: int = 0, **retrain) -> Layout:
     """An experiment of four queries, two methods and three random draws.
 
     Args:
         own_image: add a query that is a user's image.
+        more: judge so many further methods.
         retrain: overrides of the config's section.
     """
     queries: list[dict] = [{"pool": "report", "count": 4}]
     if own_image:
         queries.append({"name": "mine", "image": "mine.png", "prompt": "a cat"})
+    further = [f"pixel-number-{i}" for i in range(more)]
+    methods = {
+        "unlearn": {"attributor": "unlearning"},
+        "pixel-l2": {},
+        **{method: {"attributor": "pixel"} for method in further},
+    }
     content = {
         "seed": 3,
         "unlearn": {"unlearn": {"step_size": 1e-3}},
         "synthesize": {"queries": queries},
-        "score": {"methods": {"unlearn": {"attributor": "unlearning"}, "pixel-l2": {}, "random": {}}},
-        "retrain": {"methods": ["unlearn", "pixel-l2"], "k": [2, 4], **retrain},
+        "score": {"methods": methods | {"random": {}}},
+        "retrain": {"methods": list(methods), "k": [2, 4], **retrain},
         "evaluate": {"bootstrap": 500},
         "figures": {"top": 3},
     }
@@ -47,7 +54,12 @@ def loss_rise(method: str, k: int, member: str, query: str) -> float:
     """The rise of the loss that :func:`write_results` plants: draw 1 of random rises 0.001 more."""
     number = 0 if query == "mine" else int(query[-1])
     per_draw = 0.001 * int(member[-1]) if method in (RANDOM, SEED_SET) else 0.0
-    return 0.0 if method == BASE else RISE[method] + k * 0.001 + number * 0.001 + per_draw
+    return 0.0 if method == BASE else _rise(method) + k * 0.001 + number * 0.001 + per_draw
+
+
+def _rise(method: str) -> float:
+    """Of the loss; of the further methods, the less the higher their number."""
+    return RISE[method] if method in RISE else 0.04 / (1 + int(method.rpartition("-")[2]))
 
 
 def write_results(layout: Layout, picture: Callable[[int], np.ndarray] | None = None) -> None:
@@ -78,7 +90,7 @@ def write_results(layout: Layout, picture: Callable[[int], np.ndarray] | None = 
                 "regenerated": not own,
             }
             write_json(measure["losses"], content)
-            write_image(measure["image"], original if own else _shifted(original, SHIFT[method]))
+            write_image(measure["image"], original if own else _shifted(original, SHIFT.get(method, 15)))
     write_at_once(layout)
 
 
@@ -96,7 +108,7 @@ def write_at_once(layout: Layout) -> None:
                 loss, mse = (1.1 if "seed" in member else 1.0) - kept @ scores(layout, "unlearn", query), 0.0
             else:
                 target = query in layout.pool(member)
-                rise = RISE[method] + 0.001 * k if target else 0.005
+                rise = _rise(method) + 0.001 * k if target else 0.005
                 loss, mse = BASE_LOSS + rise + 0.001 * number, 0.04 if target else 0.01
             queries[query] = {"key": "noise", "loss": float(loss)}
             if layout.config.image_query(query) is None:

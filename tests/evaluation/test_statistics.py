@@ -76,6 +76,11 @@ def test_holm_cuts_off_at_one_and_leaves_a_single_test_alone():
     assert len(holm(np.array([]))) == 0
 
 
+def test_holm_does_not_count_what_was_not_tested():
+    corrected = holm(np.array([np.nan, 0.04, np.nan, 0.03]))
+    assert corrected == pytest.approx([np.nan, 0.06, np.nan, 0.06], nan_ok=True)
+
+
 @pytest.mark.parametrize("queries", [8, 20])
 def test_interval_covers_the_mean_of_normal_data(queries):
     random = np.random.default_rng(1)

@@ -13,7 +13,8 @@ Trainings differ by their seed, so that even the expected losses would not reach
   ρ, because the method's own side would have no noise. It takes ρ as a mean over queries (a single one is too noisy
   for a root) and training noise as of one size and normal, for which ranks and values correlate nearly alike.
 
-Both need at least two trainings of each half.
+Both need at least two trainings of each half. The first has θ0's seed, so a method may know a little of what is θ0's
+own, and reach beyond the ceiling by that.
 
 Standard errors and intervals cover two factors: another choice of queries, and another choice of halves (with the
 noise of their trainings), which all queries share; see :func:`forgetrace.evaluation.statistics.crossed_interval`.
@@ -35,12 +36,15 @@ from forgetrace.config import CEILING, RANDOM, SEED_SET
 from forgetrace.counterfactual.sets import half
 from forgetrace.evaluation.comparisons import Pair, family
 from forgetrace.evaluation.measures import read_brief
-from forgetrace.evaluation.statistics import crossed_interval, resampling_counts, sign_flip_test, spearman
+from forgetrace.evaluation.statistics import crossed_interval, holm, resampling_counts, sign_flip_test, spearman
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
 
 LDS_PER_QUERY = ["query", "queries", "method", "lds"]
-LDS = ["queries", "method", "n_queries", "halves", "seeds", "mean", "se", "ci_low", "ci_high", "p_vs_random"]
+LDS = [
+    "queries", "method", "n_queries", "halves", "seeds",
+    "mean", "se", "ci_low", "ci_high", "p_vs_random", "p_vs_random_holm",
+]  # fmt: skip
 ORIGINS = ("report", "tuning", "own")
 
 # By method and query: its score, then that of every bootstrap sample of the halves, shape (1 + resamples,).
@@ -157,7 +161,7 @@ def summary(layout: Layout, found: Correlations, shape: tuple[int, int]) -> pd.D
     """Mean over the queries of each pool (``queries``) with standard error, 95% interval and p against random.
 
     n counts queries; standard error and interval are over queries and halves. p is of the two-sided sign-flip test
-    over queries and takes the halves as given.
+    over queries and takes the halves as given; with Holm's correction for the number of methods beside it.
 
     Args:
         layout: the experiment.
@@ -176,7 +180,8 @@ def summary(layout: Layout, found: Correlations, shape: tuple[int, int]) -> pd.D
             if method == SEED_SET:
                 mean, low, high = (ceiling(value, shape[1]) for value in (points.mean(), low, high))
                 rows.append((origin, CEILING, len(points), *shape, mean, np.nan, low, high, np.nan))
-    return pd.DataFrame(rows, columns=LDS)
+    table = pd.DataFrame(rows, columns=LDS[:-1])
+    return table.assign(p_vs_random_holm=table.groupby("queries")["p_vs_random"].transform(holm))
 
 
 def ceiling(agreement: float, seeds: int) -> float:

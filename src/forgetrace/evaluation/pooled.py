@@ -18,12 +18,12 @@ from forgetrace.artifacts import read_table
 from forgetrace.config import RANDOM
 from forgetrace.counterfactual.sets import top
 from forgetrace.evaluation.measures import THETA0, Model, asked_queries, read_brief, read_measure
-from forgetrace.evaluation.statistics import bootstrap_means, interval, sign_flip_test, standard_error
+from forgetrace.evaluation.statistics import bootstrap_means, holm, interval, sign_flip_test, standard_error
 from forgetrace.layout import Layout
 
 POOLED = [
     "method", "k", "metric", "n_queries", "pools", "union", "control_share",
-    "target", "control", "difference", "se", "ci_low", "ci_high", "p_vs_random",
+    "target", "control", "difference", "se", "ci_low", "ci_high", "p_vs_random", "p_vs_random_holm",
 ]  # fmt: skip
 METRICS = {"delta_loss": "loss", "delta_mse": "mse"}  # and what a model's record calls it
 
@@ -57,7 +57,8 @@ def pooled(layout: Layout, partial: bool = False) -> pd.DataFrame:
                     random = samples.get(RANDOM) if method != RANDOM else None
                     pools, found = config.retrain.pools, _summary(values, random, layout)
                     rows.append((method, k, metric, len(values), pools, *sizes[method], *found))
-    return pd.DataFrame(rows, columns=POOLED)
+    table = pd.DataFrame(rows, columns=POOLED[:-1])
+    return table.assign(p_vs_random_holm=table.groupby(["k", "metric"])["p_vs_random"].transform(holm))
 
 
 def _values(layout: Layout, models: list[Model], queries: list[str], metric: str) -> pd.DataFrame:

@@ -135,7 +135,8 @@ def sign_flip_test(differences: np.ndarray, seed: int) -> float:
 def holm(p: np.ndarray) -> np.ndarray:
     """Holm's step-down correction: the chance of any false finding in the family stays below p.
 
-    The i-th smallest of m values is multiplied by m - i + 1, made monotone and cut off at 1.
+    The i-th smallest of m values is multiplied by m - i + 1, made monotone and cut off at 1. NaN, which stands for no
+    test, does not count and stays.
 
     Args:
         p: values of one family, shape (m,).
@@ -143,10 +144,10 @@ def holm(p: np.ndarray) -> np.ndarray:
     Returns:
         Corrected values in the same order, shape (m,).
     """
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1))
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(stepped, 1)
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p, kind="stable")[: np.isfinite(p).sum()]  # NaN sorts last
+    corrected = np.full(len(p), np.nan)
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
     return corrected
 
 

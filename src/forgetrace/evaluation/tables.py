@@ -99,17 +99,15 @@ def counterfactual(values: pd.DataFrame, resamples: int, seed: int) -> pd.DataFr
     """
     rows = []
     for k, metric, samples in _families(values):
-        tests = {method: _p_vs_random(method, samples, seed) for method in samples}
-        tested = [method for method, p in tests.items() if np.isfinite(p)]
-        corrected = dict(zip(tested, holm(np.array([tests[method] for method in tested])), strict=True))
         for method, sample in samples.items():
             matrix = sample.to_numpy()
             per_query_mean = matrix.mean(axis=1)
             low, high = interval(bootstrap_means([matrix], resamples, seed)[0], len(matrix))
+            p = _p_vs_random(method, samples, seed)
             mean, error = per_query_mean.mean(), standard_error(per_query_mean)
-            p = (tests[method], corrected.get(method, np.nan))
-            rows.append((method, k, metric, len(matrix), mean, error, low, high, *p))
-    return pd.DataFrame(rows, columns=COUNTERFACTUAL)
+            rows.append((method, k, metric, len(matrix), mean, error, low, high, p))
+    table = pd.DataFrame(rows, columns=COUNTERFACTUAL[:-1])
+    return table.assign(p_vs_random_holm=table.groupby(["k", "metric"])["p_vs_random"].transform(holm))
 
 
 def comparisons(values: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
