@@ -166,6 +166,24 @@ def test_tidy_leaves_the_features_that_methods_need(tmp_path, monkeypatch):
     assert listed == ["results/tiny/fit/features/unet-t25-noises4.npy"]
 
 
+def test_tidy_keeps_features_and_weights_of_halves_and_pools(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    retrain = SETTINGS["retrain"] | {"subsets": 1, "subset_seeds": 2, "pools": 1, "pooled_k": [3]}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS | {"retrain": retrain}))
+    features = type("Known", (), {"name": "known"})
+    monkeypatch.setattr(ATTRIBUTORS["pixel"], "features", lambda self: [features])
+    folder = tmp_path / "results/tiny"
+    weights = "retrain/weights/"
+    wanted = ["fit/features/known.npy", f"{weights}half/k0/draw0-seed1.safetensors"]
+    wanted += [f"{weights}text/k3/pool0.safetensors", "retrain/measures/text/k3/pool0.json"]
+    stale = ["fit/features/other.npy", f"{weights}half/k0/draw1.safetensors", f"{weights}text/k3/pool1.safetensors"]
+    for name in wanted + stale:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    listed = CliRunner().invoke(cli.app, ["tidy", "--config", "tiny.yaml"]).output.splitlines()
+    assert listed == [f"results/tiny/{name}" for name in stale]
+
+
 def test_the_sweep_prints_the_chosen_step_size(config, monkeypatch):
     import pandas as pd
 

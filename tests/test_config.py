@@ -84,6 +84,18 @@ def test_all_wrong_keys_are_named_at_once():
             },
             "two queries have the same name",
         ),
+        *(
+            (
+                {"synthesize": {"queries": [{"name": name, "image": "a", "prompt": "b"}]}},
+                f"synthesize.queries: the name '{name}' belongs to models of the evaluation",
+            )
+            for name in ("draw0", "pool0", "pool12")
+        ),
+        ({"retrain": {"queries": 5}}, "retrain.queries: the experiment has only 4"),
+        ({"retrain": {"pools": 3, "pooled_k": [9], "queries": 2}}, "retrain.pools: only 2 queries are judged"),
+        ({"retrain": {"pools": 2}}, "retrain.pools and retrain.pooled_k go together"),
+        ({"retrain": {"pooled_k": [9]}}, "retrain.pools and retrain.pooled_k go together"),
+        ({"retrain": {"pools": 2, "pooled_k": [9, 9]}}, "retrain.pooled_k: an entry occurs twice"),
         ({"synthesize": {"queries": []}}, "'synthesize.queries'"),
         ({"synthesize": {"queries": [{"name": "../etc", "image": "a", "prompt": "b"}]}}, "queries.0.ImageQuery.name"),
         ({"synthesize": {"sampler_steps": 2000}}, "synthesize.sampler_steps: 2000 is more than train.timesteps"),
@@ -136,6 +148,16 @@ def test_queries_are_named_in_the_order_of_the_config():
     assert config.image_query("mine") == ImageQuery(**own)
     assert config.image_query("tuning-00") is None
     assert isinstance(config.synthesize.queries[0], PoolQueries)
+    assert [config.origin(query) for query in config.queries()] == ["tuning", "tuning", "own", "report"]
+    assert config.reported_queries() == ["report-00"]
+    tuning = parse(synthesize={"queries": queries[:1]})
+    assert tuning.reported_queries() == ["tuning-00", "tuning-01"]
+
+
+def test_queries_that_are_not_judged_come_last():
+    config = parse(synthesize={"queries": [{"pool": "tuning", "count": 3}]}, retrain={"queries": 2})
+    assert config.judged_queries() == ["tuning-00", "tuning-01"]
+    assert parse(retrain={"queries": None}).judged_queries() == parse().queries()
 
 
 @given(steps=st.integers(1, 3000), count=st.integers(1, 20))

@@ -159,6 +159,31 @@ def sweep(
 
 
 @app.command()
+def tune(
+    config: ConfigPath,
+    method: Annotated[str, typer.Option(help="A method of the config's section score.")],
+    option: Annotated[str, typer.Option(help="A key of its entry or of its unlearning variant.")],
+    values: Annotated[str, typer.Option(help="What to try, separated by commas.")],
+    table: Annotated[Path | None, typer.Option(help="Also write every query's score, as .csv.")] = None,
+    partial: Annotated[bool, typer.Option(help="Make do with the random halves trained so far.")] = False,
+    threads: Threads = None,
+    device: Device = "auto",
+) -> None:
+    """Choose an option of a method by the linear datamodeling score (LDS) of tuning queries."""
+    layout = _experiment(config)
+    _use(threads)
+    from forgetrace.artifacts import write_table
+    from forgetrace.evaluation.tune import best, tune
+
+    tried = tune(layout, method, option, values.split(","), device, partial)
+    if table:
+        write_table(table, tried)
+    summary = tried.groupby("value", sort=False)["lds"].agg(["mean", "sem", "count"])
+    typer.echo(summary.to_string(float_format="{:.4f}".format))
+    typer.echo(f"{method}.{option}: {best(tried)}")
+
+
+@app.command()
 def scan(
     config: ConfigPath,
     variant: Annotated[str | None, typer.Option(help="Unlearning variant; without it θ0 is scanned.")] = None,
@@ -219,18 +244,21 @@ def measure(config: ConfigPath, query: QueryName, threads: Threads = None, devic
 
 
 @app.command()
-def evaluate(config: ConfigPath) -> None:
+def evaluate(
+    config: ConfigPath,
+    partial: Annotated[bool, typer.Option(help="Make do with the models that have been measured so far.")] = False,
+) -> None:
     """Turn measurements into tables with intervals and tests."""
     layout = _experiment(config)
     from forgetrace.evaluation.tables import evaluate
 
-    evaluate(layout)
+    evaluate(layout, partial=partial)
 
 
 @app.command()
 def figures(
     config: ConfigPath,
-    name: Annotated[str, typer.Option(help="training, delta, attribution-<query> or counterfactual-<query>.")],
+    name: Annotated[str, typer.Option(help="training, delta, lds, attribution-<query> or counterfactual-<query>.")],
 ) -> None:
     """Draw one figure as PNG and PDF."""
     layout = _experiment(config)

@@ -23,6 +23,7 @@ STEP = 4  # draws by which a narrowed scan goes on
 SEED_SET = "seed"  # the "method" of retrainings on all of D: only the training seed differs
 RANDOM = "random"
 HALF_SET = "half"  # the "method" of models trained on random halves of D
+CEILING = "ceiling"  # the row of the linear datamodeling score that noise of training leaves to a perfect method
 # What the options of a procedure are where the config does not say and Variant's defaults do not suit it.
 PROCEDURES = {
     "adam": {"curvature": "none"},
@@ -388,7 +389,7 @@ class Config(Section):
         for method in self.retrain.methods:
             if method not in self.score.methods:
                 raise ValueError(f"retrain.methods: '{method}' is not one of score.methods")
-        for key in ("methods", "k"):
+        for key in ("methods", "k", "pooled_k"):
             values = getattr(self.retrain, key)
             if len(set(values)) != len(values):
                 raise ValueError(f"retrain.{key}: an entry occurs twice")
@@ -433,6 +434,14 @@ class Config(Section):
     def judged_queries(self) -> list[str]:
         """Names of the queries with leave-K-out models."""
         return self.queries()[: self.retrain.queries]
+
+    def origin(self, query: str) -> str:
+        """Where a query is from: its caption pool (tuning or report), or ``own`` for a user's image."""
+        return "own" if self.image_query(query) else query.rpartition("-")[0]
+
+    def reported_queries(self) -> list[str]:
+        """Names of the queries of the report pool, on which methods are compared; of all where there are none."""
+        return [query for query in self.queries() if self.origin(query) == "report"] or self.queries()
 
     def image_query(self, name: str) -> ImageQuery | None:
         """The user's image behind a query, or None where the query is drawn from a pool."""

@@ -246,10 +246,22 @@ class Layout:
         own = [(m, k, query) for m in retrain.methods if m != RANDOM for k in retrain.k]
         return self.shared_models() + own
 
+    def timing(self, stage: str, *names: str) -> str:
+        """What Snakemake measured of the job (stage, names): seconds and memory."""
+        return "/".join(("timings", self.name, stage, *names)) + ".tsv"
+
     # evaluate, figures
 
+    def tables(self) -> list[str]:
+        """Names of the result tables: those of leaving images out, then those the config asks for beside them."""
+        retrain = self.config.retrain
+        names = ["per_query", "counterfactual", "comparisons"]
+        names += ["lds", "lds_per_query"] if retrain.subsets else []
+        names += ["pooled"] if retrain.pools else []
+        return names + (["agreement", "cost"] if retrain.subsets or retrain.pools else [])
+
     def table(self, name: str) -> str:
-        """A result table: per_query, counterfactual or comparisons."""
+        """A result table, one of :meth:`tables`."""
         return f"{self.root}/evaluate/{name}.csv"
 
     @property
@@ -270,8 +282,9 @@ class Layout:
         files |= {self.scheduler, self.curve, self.recipe, self.base_scan}
         files |= {path for variant in config.unlearn.values() for path in self.fitted(variant.curvature)}
         files |= {*self.snapshots, self.metrics}
-        files |= {self.table(name) for name in ("per_query", "counterfactual", "comparisons")}
-        files |= {self.losses(*model) for model in self.half_models() + self.pooled_models()}
+        files |= {self.table(name) for name in self.tables()}
+        for model in self.half_models() + self.pooled_models():
+            files |= {self.losses(*model), self.retrained(*model)}
         for query in queries:
             files |= set(self.query(query).values())
             files |= {self.score(method, query) for method in config.score.methods}

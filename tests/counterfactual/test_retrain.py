@@ -21,7 +21,7 @@ from forgetrace.artifacts import (
 )
 from forgetrace.counterfactual import retrain as module
 from forgetrace.counterfactual.measure import measure, measure_key, query_losses
-from forgetrace.counterfactual.retrain import measure_shared, retrain
+from forgetrace.counterfactual.retrain import measure_shared, retrain, retrain_measured
 from forgetrace.diffusion import training as training_module
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
@@ -69,7 +69,8 @@ def trainings(monkeypatch) -> list[str]:
 
     def train(layout, encoded, training, device, *rest):
         names.append(training.name)
-        return read_tensors(layout.weights), None, {"seed": training.seed}
+        key = training_module.training_key(layout, training, "fp32")
+        return read_tensors(layout.weights), None, {"seed": training.seed, "key": key}
 
     monkeypatch.setattr(module, "train", train)
     return names
@@ -318,3 +319,138 @@ def test_a_query_that_was_not_synthesized_is_one_sentence(tiny):
         measure_key(tiny, "report-01", "key")
     with pytest.raises(UserError, match=r"report-01/query.npz is missing"):
         measure_shared(tiny, "report-01", "cpu")
+
+
+HALF = ("half", 0, "draw0")
+AT_ONCE = {"methods": ["unlearn"], "subsets": 2, "subset_seeds": 2, "pools": 1, "pooled_k": [10], "queries": 1}
+
+
+def asked_at_once(layout, queries: int = 1, **retrain):
+    """The tiny experiment with models of halves and of one pool, asked about this many queries and the user's image."""
+    pool = {"pool": "report", "count": queries}
+    mine = {"name": "mine", "image": "mine.png", "prompt": "my own"}
+    config = settings(synthesize={"queries": [pool, mine]}, retrain=AT_ONCE | retrain)
+    return replace(layout, config=config)
+
+
+def test_a_half_is_asked_about_every_query_and_only_that_is_kept(tiny, trainings):
+    layout = asked_at_once(tiny)
+    retrain_measured(layout, *HALF, "cpu")
+    record = read_json(layout.losses(*HALF))
+    assert (record["method"], record["k"], record["member"], record["removed"]) == (*HALF, 20)
+    assert record["processor"]
+    assert list(record["queries"]) == ["report-00", "mine"]
+    assert record["queries"]["report-00"].keys() == {"key", "loss", "mse"}
+    assert record["queries"]["mine"].keys() == {"key", "loss"}  # a user's image has no noise to be made from again
+    assert not Path(layout.retrained(*HALF)).exists()
+
+
+def test_a_brief_measure_says_what_a_whole_one_says(tiny, trainings):
+    """On the base model, whose weights the stand-in for a training returns: it makes its own query again."""
+    layout = asked_at_once(tiny)
+    retrain_measured(layout, *HALF, "cpu")
+    measure(layout, load_unet(layout, CPU), ("base", 0, "base"), "report-00", "key")
+    brief, whole = read_json(layout.losses(*HALF)), read_json(layout.measure("base", 0, "base", "report-00")["losses"])
+    assert brief["queries"]["report-00"]["loss"] == whole["loss"]
+    assert brief["queries"]["report-00"]["mse"] == 0
+
+
+def test_a_pool_leaves_out_its_tops_and_is_asked_about_every_query(tiny, trainings):
+    layout = asked_at_once(tiny)
+    retrain_measured(layout, "unlearn", 10, "pool0", "cpu")
+    record = read_json(layout.losses("unlearn", 10, "pool0"))
+    assert record["removed"] == 10  # one judged query: the pool's union is its top
+    assert list(record["queries"]) == ["report-00", "mine"]
+    assert trainings == ["unlearn-k10-pool0"]
+
+
+def test_a_trained_half_differs_from_the_base_and_its_repetition(tiny):
+    layout = asked_at_once(tiny)
+    for member in ("draw0", "draw0-seed1"):
+        retrain_measured(layout, "half", 0, member, "cpu")
+    first, again = (read_json(layout.losses("half", 0, member))["queries"] for member in ("draw0", "draw0-seed1"))
+    assert first["report-00"]["loss"] != again["report-00"]["loss"]
+    assert first["report-00"]["key"] != again["report-00"]["key"]
+
+
+def test_what_is_measured_is_not_trained_again(tiny, trainings):
+    layout = asked_at_once(tiny)
+    retrain_measured(layout, *HALF, "cpu")
+    before = Path(layout.losses(*HALF)).read_bytes()
+    for path in (layout.query("report-00")["tensors"], layout.index):
+        os.utime(path)  # newer, but the same
+    retrain_measured(layout, *HALF, "cpu")
+    assert trainings == ["half-k0-draw0"]
+    assert Path(layout.losses(*HALF)).read_bytes() == before
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_setting_trains_a_half_again(tiny, trainings, change):
+    layout = asked_at_once(tiny)
+    retrain_measured(layout, *HALF, "cpu")
+    before = layout.config.model_dump()
+    kept = {"synthesize": before["synthesize"], "retrain": AT_ONCE}
+    changed = {section: {**before[section], **keys} for section, keys in CHANGES[change].items()}
+    retrain_measured(replace(layout, config=settings(**kept | changed)), *HALF, "cpu")
+    assert trainings == ["half-k0-draw0"] * 2
+
+
+DAMAGES = {
+    "truncated": lambda text: text[:100],
+    "empty": lambda text: "",
+    "no mapping": lambda text: "[3]",
+    "a number": lambda text: "3",
+    "no queries": lambda text: '{"method": "half"}',
+    "queries in a list": lambda text: '{"queries": ["report-00"]}',
+    "a query's number": lambda text: '{"queries": {"report-00": 3, "mine": 4}}',
+    "other keys": lambda text: text.replace('"key": "', '"key": "0'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_is_made_again(tiny, trainings, damage):
+    layout = asked_at_once(tiny)
+    retrain_measured(layout, *HALF, "cpu")
+    path = Path(layout.losses(*HALF))
+    whole = path.read_text()
+    path.write_text(DAMAGES[damage](whole))
+    retrain_measured(layout, *HALF, "cpu")
+    assert trainings == ["half-k0-draw0"] * 2
+    assert path.read_text() == whole
+
+
+def test_a_killed_training_of_a_half_leaves_no_record(tiny, trainings, monkeypatch):
+    layout = asked_at_once(tiny)
+
+    def killed():
+        monkeypatch.setattr(module, "write_json", lambda *_: os.kill(os.getpid(), 9))
+        retrain_measured(layout, *HALF, "cpu")
+
+    assert in_child(killed) == signal.SIGKILL
+    assert not Path(layout.losses(*HALF)).exists()
+    retrain_measured(layout, *HALF, "cpu")
+    assert trainings == ["half-k0-draw0"]  # the other one was in the child
+
+
+def test_a_further_query_costs_a_training_unless_the_weights_were_kept(tiny, trainings):
+    for keep_weights, trained in ((False, 2), (True, 1)):
+        trainings.clear()
+        few, more = (asked_at_once(tiny, queries, keep_weights=keep_weights) for queries in (1, 2))
+        for path in (few.losses(*HALF), few.retrained(*HALF)):
+            Path(path).unlink(missing_ok=True)
+        retrain_measured(few, *HALF, "cpu")
+        known = read_json(few.losses(*HALF))["queries"]
+        retrain_measured(more, *HALF, "cpu")
+        assert len(trainings) == trained
+        queries = read_json(few.losses(*HALF))["queries"]
+        assert queries.keys() == {"report-00", "report-01", "mine"}
+        assert {query: queries[query] for query in known} == known
+
+
+def test_weights_of_a_half_asked_for_later_are_trained_and_then_kept(tiny, trainings):
+    retrain_measured(asked_at_once(tiny), *HALF, "cpu")
+    keeping = asked_at_once(tiny, keep_weights=True)
+    for _ in range(2):
+        retrain_measured(keeping, *HALF, "cpu")
+    assert trainings == ["half-k0-draw0"] * 2
+    assert keeping.retrained(*HALF) in keeping.files()

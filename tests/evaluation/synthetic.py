@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 
 from forgetrace.artifacts import write_image, write_json, write_table
-from forgetrace.config import RANDOM, SEED_SET, parse_config
+from forgetrace.attribution.ranking import rank
+from forgetrace.config import HALF_SET, RANDOM, SEED_SET, parse_config
+from forgetrace.counterfactual.sets import half
 from forgetrace.layout import BASE, Layout
 
 TIMESTEPS = [0, 500]
@@ -19,22 +21,29 @@ RISE = {BASE: 0.0, "unlearn": 0.05, "pixel-l2": 0.02, RANDOM: 0.01, SEED_SET: 0.
 SHIFT = {BASE: 0, "unlearn": 51, "pixel-l2": 25, RANDOM: 10, SEED_SET: 5}
 
 
-def experiment(own_image: bool = False, **retrain) -> Layout:
+def experiment(own_image: bool = False, more: int = 0, **retrain) -> Layout:
     """An experiment of four queries, two methods and three random draws.
 
     Args:
         own_image: add a query that is a user's image.
+        more: judge so many further methods.
         retrain: overrides of the config's section.
     """
     queries: list[dict] = [{"pool": "report", "count": 4}]
     if own_image:
         queries.append({"name": "mine", "image": "mine.png", "prompt": "a cat"})
+    further = [f"pixel-number-{i}" for i in range(more)]
+    methods = {
+        "unlearn": {"attributor": "unlearning"},
+        "pixel-l2": {},
+        **{method: {"attributor": "pixel"} for method in further},
+    }
     content = {
         "seed": 3,
         "unlearn": {"unlearn": {"step_size": 1e-3}},
         "synthesize": {"queries": queries},
-        "score": {"methods": {"unlearn": {"attributor": "unlearning"}, "pixel-l2": {}, "random": {}}},
-        "retrain": {"methods": ["unlearn", "pixel-l2"], "k": [2, 4], **retrain},
+        "score": {"methods": methods | {"random": {}}},
+        "retrain": {"methods": list(methods), "k": [2, 4], **retrain},
         "evaluate": {"bootstrap": 500},
         "figures": {"top": 3},
     }
@@ -45,7 +54,12 @@ def loss_rise(method: str, k: int, member: str, query: str) -> float:
     """The rise of the loss that :func:`write_results` plants: draw 1 of random rises 0.001 more."""
     number = 0 if query == "mine" else int(query[-1])
     per_draw = 0.001 * int(member[-1]) if method in (RANDOM, SEED_SET) else 0.0
-    return 0.0 if method == BASE else RISE[method] + k * 0.001 + number * 0.001 + per_draw
+    return 0.0 if method == BASE else _rise(method) + k * 0.001 + number * 0.001 + per_draw
+
+
+def _rise(method: str) -> float:
+    """Of the loss; of the further methods, the less the higher their number."""
+    return RISE[method] if method in RISE else 0.04 / (1 + int(method.rpartition("-")[2]))
 
 
 def write_results(layout: Layout, picture: Callable[[int], np.ndarray] | None = None) -> None:
@@ -76,7 +90,31 @@ def write_results(layout: Layout, picture: Callable[[int], np.ndarray] | None = 
                 "regenerated": not own,
             }
             write_json(measure["losses"], content)
-            write_image(measure["image"], original if own else _shifted(original, SHIFT[method]))
+            write_image(measure["image"], original if own else _shifted(original, SHIFT.get(method, 15)))
+    write_at_once(layout)
+
+
+def write_at_once(layout: Layout) -> None:
+    """Write what models of halves and pools say of every query.
+
+    The losses of halves are what the scores of ``unlearn`` foretell, those of repetitions a tenth higher. Targets of a
+    pool rise by :data:`RISE`, K and number of the query as in :func:`loss_rise`, controls by 0.005 and their number.
+    """
+    for method, k, member in layout.half_models() + layout.pooled_models():
+        queries = {}
+        for number, query in enumerate(layout.config.queries()):
+            if method == HALF_SET:
+                kept = half(layout, TRAINING_IMAGES, member.partition("-")[0])
+                loss, mse = (1.1 if "seed" in member else 1.0) - kept @ scores(layout, "unlearn", query), 0.0
+            else:
+                target = query in layout.pool(member)
+                rise = _rise(method) + 0.001 * k if target else 0.005
+                loss, mse = BASE_LOSS + rise + 0.001 * number, 0.04 if target else 0.01
+            queries[query] = {"key": "noise", "loss": float(loss)}
+            if layout.config.image_query(query) is None:
+                queries[query]["mse"] = mse
+        record = {"method": method, "k": k, "member": member, "removed": 6, "queries": queries}
+        write_json(layout.losses(method, k, member), record)
 
 
 def _write_training(layout: Layout, picture: Callable[[int], np.ndarray]) -> None:
@@ -96,12 +134,19 @@ def _write_training(layout: Layout, picture: Callable[[int], np.ndarray]) -> Non
     write_table(layout.curve, pd.DataFrame(curve))
 
 
+def scores(layout: Layout, method: str, query: str) -> np.ndarray:
+    """Scores by image: of ``unlearn`` rolled by the query's number, of ``pixel-l2`` their negatives, else shuffled."""
+    number = layout.config.queries().index(query)
+    # No arithmetic series, in which sums of many halves would be equal but for rounding.
+    falling = np.roll(0.03 * 0.87 ** np.arange(TRAINING_IMAGES) - 0.01, number)
+    shuffled = np.random.default_rng(number).permutation(falling)
+    return {"unlearn": falling, "pixel-l2": -falling}.get(method, shuffled)
+
+
 def _write_scores(layout: Layout, query: str) -> None:
     ids = [f"digit-{i:04d}" for i in range(TRAINING_IMAGES)]
     for method in layout.config.score.methods:
-        scores = np.linspace(0.02, -0.01, TRAINING_IMAGES)
-        table = pd.DataFrame({"image_id": ids, "score": scores, "rank": range(1, TRAINING_IMAGES + 1)})
-        write_table(layout.score(method, query), table)
+        write_table(layout.score(method, query), rank(ids, scores(layout, method, query)))
 
 
 def _squares(i: int) -> np.ndarray:

@@ -4,9 +4,12 @@ from scipy import stats
 
 from forgetrace.evaluation.statistics import (
     bootstrap_means,
+    crossed_interval,
     holm,
     interval,
+    resampling_counts,
     sign_flip_test,
+    spearman,
     standard_error,
 )
 
@@ -73,6 +76,11 @@ def test_holm_cuts_off_at_one_and_leaves_a_single_test_alone():
     assert len(holm(np.array([]))) == 0
 
 
+def test_holm_does_not_count_what_was_not_tested():
+    corrected = holm(np.array([np.nan, 0.04, np.nan, 0.03]))
+    assert corrected == pytest.approx([np.nan, 0.06, np.nan, 0.06], nan_ok=True)
+
+
 @pytest.mark.parametrize("queries", [8, 20])
 def test_interval_covers_the_mean_of_normal_data(queries):
     random = np.random.default_rng(1)
@@ -114,3 +122,32 @@ def test_bootstrap_repeats_with_its_seed():
     values = np.random.default_rng(0).normal(size=(6, 3))
     assert np.array_equal(bootstrap_means([values], 50, 7), bootstrap_means([values], 50, 7))
     assert not np.array_equal(bootstrap_means([values], 50, 7), bootstrap_means([values], 50, 8))
+
+
+def test_spearman_is_scipys_on_every_resample():
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 6, 15).astype(float), random.normal(size=15)  # ties in x
+    counts = resampling_counts(15, 50, random)
+    assert (counts.sum(axis=1) == 15).all()
+    places = [np.repeat(np.arange(15), row.astype(int)) for row in counts]
+    expected = [stats.spearmanr(x[rows], y[rows]).statistic for rows in places]
+    assert spearman(x, y, counts) == pytest.approx(expected)
+    assert spearman(x, y) == pytest.approx([stats.spearmanr(x, y).statistic])
+
+
+def test_spearman_of_values_that_are_all_equal_is_zero():
+    assert spearman(np.ones(4), np.arange(4.0)).tolist() == [0]
+    assert spearman(np.arange(2.0), np.arange(2.0), np.array([[2.0, 0.0], [1.0, 1.0]])).tolist() == [0, 1]
+
+
+def test_a_crossed_interval_by_hand():
+    # Values 1, 3: s²/n = 1. Resampled they move by (-1, -1) or (1, 1): variance 4/3 each and covariance 4/3 of four.
+    moved = np.array([[0.0, 2.0], [2.0, 4.0], [0.0, 2.0], [2.0, 4.0]])
+    error, low, high = crossed_interval(np.array([1.0, 3.0]), moved)
+    assert error == pytest.approx(np.sqrt(1 + 4 / 3))
+    assert (low + high) / 2 == pytest.approx(2)
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 1) * error)
+    # Moved against each other they say nothing about the mean, of which s²/n is all there is.
+    apart = np.array([[0.0, 4.0], [2.0, 2.0]])
+    assert crossed_interval(np.array([1.0, 3.0]), apart)[0] == pytest.approx(1)
+    assert np.isnan(crossed_interval(np.array([1.0]), np.ones((5, 1)))).all()

@@ -13,6 +13,7 @@ from forgetrace.evaluation.metrics import METRICS
 from . import synthetic
 from .synthetic import flat_encoder, loss_rise
 
+RISE_OF = ("unlearn", "pixel-l2", "random")
 QUERIES = ["report-00", "report-01", "report-02", "report-03"]
 
 
@@ -66,6 +67,7 @@ def test_counterfactual_by_hand(evaluated):
     assert own["se"] == pytest.approx(0.001 * np.sqrt(5 / 3) / 2, rel=1e-4)
     assert 0.052 <= own["ci_low"] < own["mean"] < own["ci_high"] <= 0.055
     assert own["p_vs_random"] == pytest.approx(2 / 2**4)
+    assert own["p_vs_random_holm"] == pytest.approx(2 * 2 / 2**4)  # of two methods
     # 51 of 255 grey levels.
     assert row_of(table, method="unlearn", k=4, metric="delta_mse")["mean"] == pytest.approx(0.04)
 
@@ -137,6 +139,39 @@ def test_a_users_image_has_losses_only(tmp_path, monkeypatch):
     table = read_table(layout.table("counterfactual"))
     assert row_of(table, method="unlearn", k=2, metric="delta_loss")["n_queries"] == 5
     assert row_of(table, method="unlearn", k=2, metric="delta_mse")["n_queries"] == 4
+
+
+def test_what_is_there_when_asked(results):
+    """One model of unlearn, θ0's own of another query and a draw of random are missing."""
+    synthetic.remove(results.measure("unlearn", 2, "report-00", "report-00")["losses"])
+    synthetic.remove(results.measure("base", 0, "base", "report-03")["losses"])
+    synthetic.remove(results.measure("random", 2, "draw1", "report-01")["losses"])
+    tables.evaluate(results, flat_encoder, partial=True)
+    table = read_table(results.table("counterfactual"))
+    counts = {method: row_of(table, method=method, k=2, metric="delta_loss")["n_queries"] for method in RISE_OF}
+    assert counts == {"unlearn": 2, "pixel-l2": 3, "random": 2}
+    own = row_of(table, method="unlearn", k=2, metric="delta_loss")
+    # .05 + .002 and .001, .002 for the queries 1 and 2; random has the queries 0 and 2: one is left to compare.
+    assert (own["mean"], own["p_vs_random"]) == pytest.approx((0.0535, 1))
+    assert row_of(table, method="unlearn", k=4, metric="delta_loss")["n_queries"] == 3
+    compared = read_table(results.table("comparisons"))
+    pair = row_of(compared, k=2, metric="delta_loss", method_a="pixel-l2", method_b="random")
+    assert (pair["n_queries"], pair["mean_difference"]) == (2, pytest.approx(0.009))
+
+
+def test_before_anything_is_measured(results):
+    shutil.rmtree(f"{results.root}/retrain")
+    tables.evaluate(results, flat_encoder, partial=True)
+    for name in results.tables():
+        assert read_table(results.table(name)).empty
+
+
+def test_a_partial_evaluation_of_all_there_is_is_the_whole_one(results):
+    names = [results.table(name) for name in results.tables()]
+    tables.evaluate(results, flat_encoder)
+    before = [Path(path).read_bytes() for path in (*names, results.metrics)]
+    tables.evaluate(results, flat_encoder, partial=True)
+    assert [Path(path).read_bytes() for path in (*names, results.metrics)] == before
 
 
 def test_only_a_users_image_and_no_seeds(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from forgetrace.artifacts import UserError, read_image, read_table, write_table
 from forgetrace.evaluation.tables import evaluate
 from forgetrace.figures.catalogue import draw, names
 from forgetrace.figures.page import Page
-from forgetrace.figures.style import DPI, look
+from forgetrace.figures.style import DPI, colour_of, look, marker_of
 from forgetrace.layout import Layout
 
 from ..evaluation import synthetic
@@ -54,6 +54,50 @@ def test_figures_are_drawn_and_repeat_byte_for_byte(layout, name):
     pixels = read_image(files[0])
     assert pixels.shape[1] > 600
     assert len(set(map(tuple, pixels.reshape(-1, 3)[::7]))) > 10  # not a blank page
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> tuple[Path, Layout]:
+    """An evaluated experiment of 20 methods, halves and pools."""
+    folder = tmp_path_factory.mktemp("many")
+    layout = synthetic.experiment(more=17, subsets=9, subset_seeds=2, pools=2, pooled_k=[2, 3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        synthetic.write_results(layout)
+        evaluate(layout, synthetic.flat_encoder)
+    return folder, layout
+
+
+@pytest.mark.parametrize("name", ["lds", "delta", "attribution-report-00", "counterfactual-report-00"])
+def test_figures_hold_many_methods(many, monkeypatch, name):
+    monkeypatch.chdir(many[0])
+    assert len(many[1].config.score.methods) == 20
+    draw(many[1], name)
+    pixels = read_image(many[1].figure(name))
+    assert max(pixels.shape) < 8000
+    assert len(set(map(tuple, pixels.reshape(-1, 3)[::7]))) > 10
+    first = Path(many[1].figure(name, "pdf")).read_bytes()
+    draw(many[1], name)
+    assert Path(many[1].figure(name, "pdf")).read_bytes() == first
+
+
+def test_no_two_of_many_methods_look_alike(many):
+    layout = many[1]
+    methods = [method for method in layout.config.score.methods if method != "random"]
+    assert len({(colour_of(layout, method), marker_of(layout, method)) for method in methods}) == 19
+
+
+def test_the_score_of_halves_without_pools_and_repetitions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout = synthetic.experiment(subsets=3)
+    assert names(layout)[-1] == "lds"
+    synthetic.write_results(layout)
+    evaluate(layout, synthetic.flat_encoder)
+    draw(layout, "lds")
+    assert Path(layout.figure("lds", "pdf")).stat().st_size > 1000
+    write_table(layout.table("lds"), read_table(layout.table("lds")).head(0))
+    with pytest.raises(UserError, match=r"lds.csv has no rows: train a half"):
+        draw(layout, "lds")
 
 
 def test_tiles_show_the_pixels_of_the_images(layout):

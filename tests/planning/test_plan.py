@@ -44,7 +44,8 @@ BY_HAND = {
         "unlearn": (4 * 2, 0, 2 * (64 + 64 + 2 * 16 + 2 * 2 * 16 + 1000) + 8 * 2 * (1000 + 4 * 256)),
         "scan": (1 + 4 * 2, 0, 9 * 300 * 4),
         "score": (8 * 2, 0, 0),
-        "retrain": (2 + 1 + 2 * 2, 7, 7 * 60 * 16 + 4 * (20 + 5)),
+        # Besides those of the queries: 2 halves twice, a pool of each method; asked about both queries.
+        "retrain": (2 + 1 + 2 * 2 + 4 + 8, 19, 19 * 60 * 16 + (4 + 12 * 2) * (20 + 5)),
         "measure": (2, 0, 2 * (1 + 2 + 1) * (20 + 5)),
         "evaluate": (1, 0, 0),
         "figures": (1 + 2 * 2 + 1, 0, 0),
@@ -81,6 +82,14 @@ def test_a_users_image_has_losses_but_is_not_sampled():
     mine = counted(synthesize={"queries": [{"name": "mine", "image": "mine.png", "prompt": "my own"}]})
     assert [mine[stage].units[work.SAMPLER] for stage in ("synthesize", "retrain", "measure")] == [0, 0, 0]
     assert mine["measure"].units[work.LOSS] == 4 * 5 * 2
+
+
+def test_queries_that_are_not_judged_cost_no_models_of_their_own():
+    queries = [{"pool": "report", "count": 3}]
+    stages = counted(synthesize={"queries": queries}, retrain={"queries": 1, "subsets": 5, "subset_seeds": 2})
+    assert (stages["synthesize"].jobs, stages["measure"].jobs) == (3, 1)
+    assert stages["retrain"].jobs == 2 + 1 + 1 + 10
+    assert stages["retrain"].units[work.LOSS] == (1 + 10 * 3) * 5 * 2
 
 
 def test_no_fisher_is_fitted_and_no_random_set_trained_that_nobody_asks_for():

@@ -10,15 +10,20 @@ from .conftest import ROOT
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 STAGE_OF = {
     "fit_ekfac": "fit",
+    "fit_features": "fit",
     "scan_base": "scan",
+    "score_together": "score",
     "retrain_shared": "retrain",
     "retrain_own_image": "retrain",
+    "retrain_half": "retrain",
+    "retrain_pool": "retrain",
     "measure": "retrain",
     "measure_own_image": "retrain",
     "figure_training": "figures",
     "figure_attribution": "figures",
     "figure_counterfactual": "figures",
     "figure_delta": "figures",
+    "figure_lds": "figures",
 }
 
 

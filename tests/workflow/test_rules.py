@@ -25,14 +25,17 @@ def test_the_workflow_follows_snakemakes_own_advice(checkout):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_can_be_planned(checkout, experiment):
-    config = load_layout(ROOT / "config" / f"{experiment}.yaml").config
+    layout = load_layout(ROOT / "config" / f"{experiment}.yaml")
+    config, asked = layout.config, len(layout.config.judged_queries())
     queries, judged = len(config.queries()), len(set(config.retrain.methods) - {"random"})
     shared = len(config.retrain.k) * config.retrain.random_draws + config.retrain.seeds
     planned = checkout.planned("--configfile", f"config/{experiment}.yaml")
     assert planned["prepare"] == planned["encode"] == planned["train"] == planned["evaluate"] == 1
     assert planned["score"] == queries * len(config.score.methods)
     assert planned["retrain_shared"] == shared
-    assert planned.get("retrain", 0) == queries * judged * len(config.retrain.k)
+    assert planned.get("retrain", 0) == asked * judged * len(config.retrain.k)
+    assert planned.get("retrain_half", 0) == len(layout.half_models())
+    assert planned.get("retrain_pool", 0) == len(layout.pooled_models())
 
 
 def test_the_default_experiment_is_digits(checkout):
@@ -87,6 +90,21 @@ def test_a_variant_waits_for_the_curvature_it_steps_by(checkout):
     assert read
     assert all("fit/fisher.safetensors" in files and "ekfac.s" not in files for files in read)
     assert "ekfac" not in checkout("snakemake", "-n", "--configfile", "config/smoke.yaml").stdout
+
+
+def test_tables_are_made_of_what_the_config_asks_for(checkout):
+    config = (ROOT / "config/smoke.yaml").read_text(encoding="utf-8")
+    for leave_out, missing in (
+        ("  subsets: 2\n  subset_seeds: 2\n", "lds"),
+        ("  pools: 1\n  pooled_k: [10]\n", "pooled"),
+    ):
+        assert leave_out in config
+        (checkout.folder / "less.yaml").write_text(config.replace(leave_out, ""))
+        planned = checkout("snakemake", "-n", "all_evaluate", "--configfile", "less.yaml").stdout
+        outputs = next(job for job in planned.split("rule ") if job.startswith("evaluate:")).partition("output:")[2]
+        tables = {"counterfactual", "comparisons", "per_query", "agreement", "cost", "lds", "lds_per_query", "pooled"}
+        left = {name for name in tables if not name.startswith(missing)}
+        assert {name for name in tables if f"evaluate/{name}.csv" in outputs.partition("log:")[0]} == left
 
 
 def test_a_narrowed_scan_waits_for_the_base_models(checkout):

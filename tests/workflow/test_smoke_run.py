@@ -30,8 +30,8 @@ pytestmark = pytest.mark.slow
 
 REPRODUCE = ("make", "-o", "environment", "reproduce")  # in the environment of the tests instead of one of its own
 AFTER_UNLEARN = {
-    "unlearn", "scan", "score", "figure_attribution", "retrain", "evaluate", "figure_counterfactual",
-    "figure_delta",
+    "unlearn", "scan", "score", "figure_attribution", "retrain", "retrain_pool", "evaluate", "figure_counterfactual",
+    "figure_delta", "figure_lds",
 }  # fmt: skip
 
 
@@ -135,8 +135,12 @@ def test_a_query_adds_only_its_own_jobs(smoke):
         "retrain": judged,
         "measure": 1,
         "figure_counterfactual": 1,
+        # Models of halves and pools are asked about every query; their weights are not kept.
+        "retrain_half": config.retrain.subsets * config.retrain.subset_seeds,
+        "retrain_pool": len(config.score.methods) * config.retrain.pools,
         "evaluate": 1,
         "figure_delta": 1,
+        "figure_lds": 1,
     }
 
 

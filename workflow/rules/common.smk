@@ -91,7 +91,7 @@ def log_file(stage, *names):
 
 
 def benchmark_file(stage, *names):
-    return os.path.join("timings", layout.name, stage, *names) + ".tsv"
+    return layout.timing(stage, *names)
 
 
 def shaped_by(stages, *keys, **more):

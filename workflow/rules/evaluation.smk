@@ -1,24 +1,40 @@
 # evaluate: the tables of the counterfactual experiment.
 
 
+# What the report shows of the tables, in its categories.
+REPORTED = {
+    "counterfactual": ("Proof by retraining", "summary"),
+    "comparisons": ("Proof by retraining", "pairs of methods"),
+    "lds": ("Linear datamodeling score", "summary"),
+    "pooled": ("Proof by retraining", "pooled protocol"),
+    "agreement": ("Attribution", "agreement of methods"),
+    "cost": ("Attribution", "cost of methods"),
+}
+
+
 rule evaluate:
     input:
         [path for query in QUERIES for path in measures(query)],
         [path for query in QUERIES for path in layout.query(query).values()],
+        MEASURED_AT_ONCE,
+        [layout.index] if MEASURED_AT_ONCE else [],
+        (
+            [path for query in QUERIES for path in scores(query)]
+            if MEASURED_AT_ONCE
+            else []
+        ),
     output:
-        report(
-            layout.table("counterfactual"),
-            caption="../report/counterfactual_table.rst",
-            category="Proof by retraining",
-            labels={"what": "summary"},
-        ),
-        report(
-            layout.table("comparisons"),
-            caption="../report/comparisons.rst",
-            category="Proof by retraining",
-            labels={"what": "pairs of methods"},
-        ),
-        layout.table("per_query"),
+        [
+            report(
+                layout.table(name),
+                caption=f"../report/{name}_table.rst",
+                category=REPORTED[name][0],
+                labels={"what": REPORTED[name][1]},
+            )
+            for name in layout.tables()
+            if name in REPORTED
+        ],
+        [layout.table(name) for name in layout.tables() if name not in REPORTED],
         layout.metrics,
     log:
         log_file("evaluate", "evaluate"),

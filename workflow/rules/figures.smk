@@ -126,6 +126,38 @@ rule figure_delta:
         "forgetrace figures --config {params.config:q} --name delta > {log:q} 2>&1"
 
 
+rule figure_lds:
+    input:
+        [
+            layout.table(name)
+            for name in layout.tables()
+            if name in ("lds", "lds_per_query", "pooled")
+        ],
+    output:
+        report(
+            layout.figure("lds", "png"),
+            caption="../report/lds.rst",
+            category="Linear datamodeling score",
+            labels={"what": "all methods"},
+        ),
+        layout.figure("lds", "pdf"),
+    log:
+        log_file("figures", "lds"),
+    benchmark:
+        benchmark_file("figures", "lds")
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("figures", ("score", "methods")),
+    shell:
+        "forgetrace figures --config {params.config:q} --name lds > {log:q} 2>&1"
+
+
 rule all_figures:
     input:
         [

@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from forgetrace.artifacts import UserError
+from forgetrace.artifacts import UserError, read_table
+from forgetrace.layout import Layout
 
 
 def rank(image_ids: list[str], scores: np.ndarray) -> pd.DataFrame:
@@ -26,3 +27,25 @@ def rank(image_ids: list[str], scores: np.ndarray) -> pd.DataFrame:
     table = table.sort_values(["score", "image_id"], ascending=[False, True], ignore_index=True)
     table["rank"] = np.arange(1, len(table) + 1)
     return table
+
+
+def read_ranking(layout: Layout, method: str, query: str, image_ids: list[str]) -> pd.DataFrame:
+    """What a method's ``score`` stage left of a query, in index order.
+
+    Args:
+        layout: the experiment.
+        method: a method of the experiment.
+        query: a query of the experiment.
+        image_ids: N ids in index order.
+
+    Returns:
+        Columns score and rank, N rows named by image id.
+
+    Raises:
+        UserError: the file is missing or damaged, or ranks other images.
+    """
+    path = layout.score(method, query)
+    ranking = read_table(path).set_index("image_id")
+    if sorted(ranking.index) != sorted(image_ids):
+        raise UserError(f"{path} ranks other images than the experiment trains on: delete it and run again.")
+    return ranking.loc[image_ids]

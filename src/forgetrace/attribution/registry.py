@@ -8,7 +8,7 @@ from forgetrace.attribution.influence import DataInf, Influence, ReTrac, TracIn
 from forgetrace.attribution.trak import Das, DTrak, JourneyTrak, Trak
 from forgetrace.attribution.unet_features import UNetFeatures
 from forgetrace.attribution.unlearning import Unlearning
-from forgetrace.config import HALF_SET, RANDOM, SEED_SET, Config
+from forgetrace.config import CEILING, HALF_SET, RANDOM, SEED_SET, Config
 from forgetrace.layout import BASE, Layout
 
 ATTRIBUTORS: dict[str, type[Attributor]] = {
@@ -70,7 +70,7 @@ def check_methods(config: Config) -> None:
             that is not in the config.
     """
     for method, options in config.score.methods.items():
-        if method in (BASE, SEED_SET, HALF_SET):
+        if method in (BASE, SEED_SET, HALF_SET, CEILING):
             raise UserError(f"score.methods.{method}: '{method}' names models of the evaluation; choose another name.")
         name = options.attributor or method
         if (method == RANDOM) != (name == RANDOM):

@@ -79,14 +79,13 @@ def retrain_measured(layout: Layout, method: str, k: int, member: str, device: s
     trained = training_key(layout, training, resolve_precision(layout.config.train.precision, target))
     keys = {query: measure_key(layout, query, trained) for query in layout.config.queries()}
     path, weights_path = layout.losses(method, k, member), layout.retrained(method, k, member)
-    known = _known(path)
-    missing = [query for query, key in keys.items() if known.get(query, {}).get("key") != key]
-    keeps_weights = layout.config.retrain.keep_weights
-    if not missing and (not keeps_weights or _is_trained(weights_path, trained)):
+    known = _known(path, keys)
+    missing = [query for query in keys if query not in known]
+    keeps_weights, is_trained = layout.config.retrain.keep_weights, _is_trained(weights_path, trained)
+    if not missing and (is_trained or not keeps_weights):
         log.warning("%s is already there: kept.", training.name)
-        if known.keys() == keys.keys():
-            return
-    elif _is_trained(weights_path, trained):
+        return
+    if is_trained:
         unet = load_unet(layout, target, weights_path)
     else:
         weights, _, record = train(layout, encoded, training, device)
@@ -97,18 +96,18 @@ def retrain_measured(layout: Layout, method: str, k: int, member: str, device: s
             write_tensors(weights_path, weights, made_by | record)
         unet = _model(layout, encoded, weights, target)
     found = {query: {"key": keys[query]} | brief_measure(layout, unet, query) for query in missing}
-    queries = {query: known[query] if query not in found else found[query] for query in keys}
     record = {"method": method, "k": k, "member": member, "removed": int(training.removed.sum())}
-    write_json(path, record | {"processor": processor_name(target), "queries": queries})
+    write_json(path, record | {"processor": processor_name(target), "queries": known | found})
     discard_checkpoints(layout, training.name)
 
 
-def _known(path: str) -> dict:
-    """What an earlier run wrote of each query."""
+def _known(path: str, keys: dict[str, str]) -> dict[str, dict]:
+    """What an earlier run wrote of the queries whose fingerprint still holds."""
     try:
-        return read_json(path)["queries"]
-    except (UserError, KeyError):
-        return {}
+        written = read_json(path)["queries"]
+        return {query: written[query] for query, key in keys.items() if written.get(query, {}).get("key") == key}
+    except (UserError, KeyError, TypeError, AttributeError):
+        return {}  # not there, or not whole
 
 
 def _model(layout: Layout, encoded: Encoded, weights: dict, device: torch.device) -> UNet2DConditionModel:

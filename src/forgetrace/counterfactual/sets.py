@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from forgetrace.artifacts import UserError, read_table
+from forgetrace.artifacts import UserError
+from forgetrace.attribution.ranking import read_ranking
 from forgetrace.config import HALF_SET, RANDOM, SEED_SET
 from forgetrace.diffusion.training import Training
 from forgetrace.encoding.store import Encoded
@@ -33,33 +34,28 @@ def training_of(layout: Layout, encoded: Encoded, method: str, k: int, member: s
         draw, _, again = member.partition("-")
         seed = int(generator(seed, "retrain half", again).integers(2**31)) if again else seed
         return Training(name, seed, ~half(layout, len(encoded), draw))
-    if k >= len(encoded):
-        raise UserError(f"retrain.k: {k} images cannot be left out of {len(encoded)}; choose a smaller K.")
     if (method, k, member) in layout.pooled_models():
         for query in layout.pool(member):
-            removed[_top(layout, encoded, method, k, query)] = True
+            removed |= top(layout, encoded.image_ids, method, k, query)
         if removed.all():
             raise UserError(f"retrain.pooled_k: {k} images of each query are all there are; choose a smaller K.")
-    elif method == RANDOM:
+        return Training(name, seed, removed)
+    if k >= len(encoded):
+        raise UserError(f"retrain.k: {k} images cannot be left out of {len(encoded)}; choose a smaller K.")
+    if method == RANDOM:
         removed[generator(seed, "leave out", k, member).permutation(len(encoded))[:k]] = True
     else:
-        removed[_top(layout, encoded, method, k, member)] = True
+        removed = top(layout, encoded.image_ids, method, k, member)
     return Training(name, seed, removed)
 
 
 def half(layout: Layout, images: int, draw: str) -> np.ndarray:
-    """The random half of D that the models ``draw<i>`` and ``draw<i>-seed<j>`` train on, (N,), bool."""
+    """The random half of D that the models ``draw<i>`` and ``draw<i>-seed<j>`` train on, rounded up, (N,), bool."""
     kept = np.ones(images, dtype=bool)
     kept[generator(layout.config.seed, HALF_SET, draw).permutation(images)[: images // 2]] = False
     return kept
 
 
-def _top(layout: Layout, encoded: Encoded, method: str, k: int, query: str) -> list[int]:
-    """Rows of a method's k most influential images for a query."""
-    ranking = read_table(layout.score(method, query))
-    row_of = {image_id: row for row, image_id in enumerate(encoded.image_ids)}
-    if set(ranking["image_id"]) != set(row_of):
-        raise UserError(
-            f"{layout.score(method, query)} ranks other images than the experiment trains on: delete it and run again."
-        )
-    return [row_of[image_id] for image_id in ranking.sort_values("rank")["image_id"].head(k)]
+def top(layout: Layout, image_ids: list[str], method: str, k: int, query: str) -> np.ndarray:
+    """A method's k most influential images for a query, (N,), bool, in the order of ``image_ids``."""
+    return read_ranking(layout, method, query, image_ids)["rank"].to_numpy() <= k

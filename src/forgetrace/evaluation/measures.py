@@ -1,6 +1,7 @@
 """What ``retrain`` left of every model and query, read with checks."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -40,8 +41,14 @@ class QueryMeasures:
     measures: dict[Model, Measure]
 
 
-def read_query(layout: Layout, query: str) -> QueryMeasures:
-    """Read a query and what every model of the experiment says of it.
+def asked_queries(layout: Layout, partial: bool = False) -> list[str]:
+    """The judged queries; with ``partial``, those of them that θ0 has been asked about."""
+    queries = layout.config.judged_queries()
+    return [query for query in queries if not partial or Path(layout.measure(*THETA0, query)["losses"]).exists()]
+
+
+def read_query(layout: Layout, query: str, partial: bool = False) -> QueryMeasures:
+    """Read a query and what every model of the experiment says of it; with ``partial``, those that were asked.
 
     Raises:
         UserError: a file is missing or damaged, or was measured otherwise than θ0's; the message
@@ -51,8 +58,10 @@ def read_query(layout: Layout, query: str) -> QueryMeasures:
     base = read_measure(layout, THETA0, query)
     measures = {}
     for model in layout.measured_models(query):
-        measure = read_measure(layout, model, query)
         path = layout.measure(*model, query)["losses"]
+        if partial and not Path(path).exists():
+            continue
+        measure = read_measure(layout, model, query)
         if measure.timesteps != base.timesteps:
             raise UserError(f"{path} averages over other timesteps than θ0's: {_rebuild(path)}")
         if (measure.image is None) != (base.image is None):
@@ -82,6 +91,27 @@ def read_measure(layout: Layout, model: Model, query: str) -> Measure:
         path = paths["losses"]
         raise UserError(f"{path} holds the loss {loss}: the model diverged; lower train.learning_rate.")
     return Measure(loss, timesteps, read_image(paths["image"]) if regenerated else None)
+
+
+def read_brief(layout: Layout, model: Model) -> dict[str, dict[str, float]]:
+    """What a model of a random half or of a pool says of every query: ``loss`` and, unless it is a user's, ``mse``.
+
+    Raises:
+        UserError: the file is missing, damaged, lacks a query or holds a loss that is not finite.
+    """
+    path = layout.losses(*model)
+    content = read_json(path)
+    found = {}
+    for query in layout.config.queries():
+        try:
+            entry = content["queries"][query]
+            found[query] = {name: float(entry[name]) for name in ("loss", "mse") if name == "loss" or name in entry}
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{path} says nothing of the query {query}: {_rebuild(path)}") from error
+        if not np.isfinite(found[query]["loss"]):
+            loss = found[query]["loss"]
+            raise UserError(f"{path} holds the loss {loss} for {query}: the model diverged; lower train.learning_rate.")
+    return found
 
 
 def _rebuild(path: str) -> str:

@@ -1,7 +1,8 @@
 """The tables of the ``evaluate`` stage, from raw values to comparisons.
 
-``per_query.csv`` holds every value; the other tables summarise it and can be rebuilt from it. Which
-direction means forgetting is stated by :data:`forgetrace.evaluation.metrics.METRICS`.
+``per_query.csv`` holds every value of the models that left images out; ``counterfactual.csv`` and
+``comparisons.csv`` summarise it and can be rebuilt from it. Which direction means forgetting is stated by
+:data:`forgetrace.evaluation.metrics.METRICS`. The tables beside these have a module each.
 """
 
 from itertools import combinations
@@ -12,8 +13,13 @@ import pandas as pd
 from forgetrace.artifacts import write_json, write_table
 from forgetrace.config import RANDOM, SEED_SET
 from forgetrace.encoding.images import load_encoder
-from forgetrace.evaluation.measures import THETA0, QueryMeasures, read_query
+from forgetrace.evaluation import lds
+from forgetrace.evaluation.agreement import agreement
+from forgetrace.evaluation.comparisons import COMPARISONS, Pair, family
+from forgetrace.evaluation.cost import cost
+from forgetrace.evaluation.measures import THETA0, QueryMeasures, asked_queries, read_query
 from forgetrace.evaluation.metrics import METRICS, Encoder, image_metrics
+from forgetrace.evaluation.pooled import pooled
 from forgetrace.evaluation.statistics import (
     bootstrap_means,
     holm,
@@ -24,43 +30,54 @@ from forgetrace.evaluation.statistics import (
 from forgetrace.layout import BASE, Layout
 
 PER_QUERY = ["query", "method", "k", "member", "metric", "value"]
-COUNTERFACTUAL = ["method", "k", "metric", "n_queries", "mean", "se", "ci_low", "ci_high", "p_vs_random"]
-COMPARISONS = [
-    "k", "metric", "method_a", "method_b", "n_queries",
-    "mean_difference", "ci_low", "ci_high", "p", "p_holm",
+COUNTERFACTUAL = [
+    "method", "k", "metric", "n_queries", "mean", "se", "ci_low", "ci_high", "p_vs_random", "p_vs_random_holm",
 ]  # fmt: skip
 
 
-def evaluate(layout: Layout, encode: Encoder | None = None) -> None:
-    """Write ``per_query.csv``, ``counterfactual.csv``, ``comparisons.csv`` and ``metrics.json``.
+def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = False) -> None:
+    """Write ``metrics.json`` and every table of :meth:`Layout.tables`, all of them or none.
 
     Args:
         layout: the experiment.
         encode: image encoder of the ``similarity`` column; by default the one the config names.
+        partial: make do with what has been measured so far; the tables' counts of queries, halves and seeds say
+            how much that is.
 
     Raises:
         UserError: a measure is missing or damaged, or the encoder's packages are not installed.
     """
-    resamples, seed = layout.config.evaluate.bootstrap, layout.config.seed
-    values = per_query(layout, encode)
-    summary = counterfactual(values, resamples, seed)
-    write_table(layout.table("per_query"), values)
-    write_table(layout.table("counterfactual"), summary)
-    write_table(layout.table("comparisons"), comparisons(values, resamples, seed))
-    write_json(layout.metrics, means(summary))
+    resamples, seed, retrain = layout.config.evaluate.bootstrap, layout.config.seed, layout.config.retrain
+    values = per_query(layout, encode, partial)
+    compared = comparisons(values, resamples, seed)
+    tables = {"per_query": values, "counterfactual": counterfactual(values, resamples, seed)}
+    if retrain.subsets:
+        halves = lds.read_halves(layout, partial)
+        found = lds.correlations(halves, lds.read_scores(layout, partial), resamples, seed)
+        tables |= {"lds_per_query": lds.per_query(layout, found), "lds": lds.summary(layout, found, halves.shape)}
+        compared = pd.DataFrame(
+            [*compared.itertuples(index=False), *lds.comparisons(layout, found)], columns=COMPARISONS
+        )
+    if retrain.pools:
+        tables["pooled"] = pooled(layout, partial)
+    if retrain.subsets or retrain.pools:
+        tables |= {"agreement": agreement(layout, partial), "cost": cost(layout)}
+    for name, table in {**tables, "comparisons": compared}.items():
+        write_table(layout.table(name), table)
+    write_json(layout.metrics, means(tables))
 
 
-def per_query(layout: Layout, encode: Encoder | None = None) -> pd.DataFrame:
+def per_query(layout: Layout, encode: Encoder | None = None, partial: bool = False) -> pd.DataFrame:
     """Every metric of every model on every query: query, method, k, member, metric, value.
 
     θ0's own rows (method ``base``) are a check: its difference of losses is 0 and it regenerates
-    the query image itself.
+    the query image itself. With ``partial``, queries that θ0 was not asked about are left out.
 
     Raises:
         UserError: as :func:`evaluate`.
     """
     # All files are read before the encoder, so that a damaged one is reported within a second.
-    queries = {query: read_query(layout, query) for query in layout.config.judged_queries()}
+    queries = {query: read_query(layout, query, partial) for query in asked_queries(layout, partial)}
     encode = encode or load_encoder(layout.config.evaluate.encoder)
     rows = [row for query, measured in queries.items() for row in _values(query, measured, encode)]
     return pd.DataFrame(rows, columns=PER_QUERY)
@@ -73,6 +90,7 @@ def counterfactual(values: pd.DataFrame, resamples: int, seed: int) -> pd.DataFr
     error count queries. Their intervals are over queries and draws, those of the other methods over
     queries. ``seed`` (K = 0) is the noise floor. The test against random is paired and two-sided;
     it counts random's draws as given, the interval of the difference in ``comparisons.csv`` does not.
+    ``p_vs_random_holm`` is corrected for the number of methods of one K and metric.
 
     Args:
         values: the table of :func:`per_query`.
@@ -82,14 +100,14 @@ def counterfactual(values: pd.DataFrame, resamples: int, seed: int) -> pd.DataFr
     rows = []
     for k, metric, samples in _families(values):
         for method, sample in samples.items():
-            per_query_mean = sample.mean(axis=1)
-            low, high = interval(bootstrap_means([sample], resamples, seed)[0], len(sample))
-            p = np.nan
-            if method not in (RANDOM, SEED_SET):
-                p = sign_flip_test(per_query_mean - samples[RANDOM].mean(axis=1), seed)
+            matrix = sample.to_numpy()
+            per_query_mean = matrix.mean(axis=1)
+            low, high = interval(bootstrap_means([matrix], resamples, seed)[0], len(matrix))
+            p = _p_vs_random(method, samples, seed)
             mean, error = per_query_mean.mean(), standard_error(per_query_mean)
-            rows.append((method, k, metric, len(sample), mean, error, low, high, p))
-    return pd.DataFrame(rows, columns=COUNTERFACTUAL)
+            rows.append((method, k, metric, len(matrix), mean, error, low, high, p))
+    table = pd.DataFrame(rows, columns=COUNTERFACTUAL[:-1])
+    return table.assign(p_vs_random_holm=table.groupby(["k", "metric"])["p_vs_random"].transform(holm))
 
 
 def comparisons(values: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
@@ -108,21 +126,23 @@ def comparisons(values: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame
     for k, metric, samples in _families(values):
         pairs = []
         for a, b in combinations([method for method in samples if method != SEED_SET], 2):
-            means_a, means_b = bootstrap_means([samples[a], samples[b]], resamples, seed)
-            difference = samples[a].mean(axis=1) - samples[b].mean(axis=1)
-            low, high = interval(means_a - means_b, len(difference))
-            p = sign_flip_test(difference, seed)
-            pairs.append((k, metric, a, b, len(difference), difference.mean(), low, high, p))
-        corrected = holm(np.array([pair[-1] for pair in pairs]))
-        rows += [(*pair, p_holm) for pair, p_holm in zip(pairs, corrected, strict=True)]
+            both = _paired(samples[a], samples[b])
+            if len(both[0]):
+                means_a, means_b = bootstrap_means(both, resamples, seed)
+                difference = both[0].mean(axis=1) - both[1].mean(axis=1)
+                pairs.append(Pair(a, b, difference, interval(means_a - means_b, len(difference))))
+        rows += family(k, metric, pairs, seed)
     return pd.DataFrame(rows, columns=COMPARISONS)
 
 
-def means(summary: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
-    """The means of :func:`counterfactual` as ``{metric: {method: {"k200": mean}}}``, for DVC."""
+def means(tables: dict[str, pd.DataFrame]) -> dict[str, dict[str, dict[str, float]]]:
+    """The means of the tables as ``{metric: {method: {"k200": mean}}}``, for DVC; of ``lds``, by pool of queries."""
     nested: dict = {}
-    for row in summary.itertuples():
+    for row in tables["counterfactual"].itertuples():
         nested.setdefault(row.metric, {}).setdefault(row.method, {})[f"k{row.k}"] = float(f"{row.mean:.6g}")
+    if "lds" in tables:
+        for row in tables["lds"].itertuples():
+            nested.setdefault("lds", {}).setdefault(row.method, {})[row.queries] = float(f"{row.mean:.6g}")
     return nested
 
 
@@ -142,7 +162,7 @@ def _values(query: str, measured: QueryMeasures, encode: Encoder) -> list[tuple]
 
 
 def _families(values: pd.DataFrame):
-    """Yield (k, metric, {method: matrix (queries, draws)}) with methods in table order, random last.
+    """Yield (k, metric, {method: table (queries, draws)}) with methods in table order, random last.
 
     Queries without initial noise have no image metrics; each family holds the queries that have its
     metric. K = 0 comes last and holds only ``seed``.
@@ -150,18 +170,33 @@ def _families(values: pd.DataFrame):
     values = values[values["method"] != BASE]
     for k in sorted(values["k"].unique(), key=lambda k: (k == 0, k)):
         for metric in METRICS:
-            family = values[(values["k"] == k) & (values["metric"] == metric)]
-            methods = sorted(family["method"].unique(), key=lambda method: method == RANDOM)
-            samples = {method: _matrix(family[family["method"] == method]) for method in methods}
+            of_family = values[(values["k"] == k) & (values["metric"] == metric)]
+            methods = sorted(of_family["method"].unique(), key=lambda method: method == RANDOM)
+            samples = {method: _matrix(of_family[of_family["method"] == method]) for method in methods}
+            samples = {method: sample for method, sample in samples.items() if len(sample)}
             if samples:
                 yield int(k), metric, samples
 
 
-def _matrix(rows: pd.DataFrame) -> np.ndarray:
-    """Values of one method, shape (queries, draws), queries sorted by name.
+def _matrix(rows: pd.DataFrame) -> pd.DataFrame:
+    """Values of one method: a row per query that has them all, a column per draw; queries sorted by name.
 
     A query's own model is its only draw; the models of ``random`` and ``seed`` are named by draw.
     """
     shared = rows["method"].isin([RANDOM, SEED_SET])
     rows = rows.assign(draw=rows["member"].where(shared, "own"))
-    return rows.pivot(index="query", columns="draw", values="value").sort_index().to_numpy()
+    return rows.pivot(index="query", columns="draw", values="value").sort_index().dropna()
+
+
+def _paired(a: pd.DataFrame, b: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Values of two methods on the queries that both have; the two differ in them only before all are measured."""
+    both = a.index.intersection(b.index)
+    return a.loc[both].to_numpy(), b.loc[both].to_numpy()
+
+
+def _p_vs_random(method: str, samples: dict[str, pd.DataFrame], seed: int) -> float:
+    """Of the sign-flip test; NaN for the rows that are no methods, or where nothing is there to compare with."""
+    if method in (RANDOM, SEED_SET) or RANDOM not in samples:
+        return float("nan")
+    own, random = _paired(samples[method], samples[RANDOM])
+    return sign_flip_test(own.mean(axis=1) - random.mean(axis=1), seed) if len(own) else float("nan")

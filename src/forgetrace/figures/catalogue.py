@@ -7,11 +7,11 @@ from forgetrace.layout import Layout
 
 
 def names(layout: Layout) -> list[str]:
-    """Names of all figures: ``training``, ``attribution-<query>``, ``counterfactual-<query>``, ``delta``."""
+    """Names of all figures: ``training``, ``attribution-<query>``, ``counterfactual-<query>``, ``delta``, ``lds``."""
     config = layout.config
     grids = [f"attribution-{query}" for query in config.queries()]
     grids += [f"counterfactual-{query}" for query in config.judged_queries()]
-    return ["training", *grids, "delta"]
+    return ["training", *grids, "delta", *(["lds"] if config.retrain.subsets else [])]
 
 
 def draw(layout: Layout, name: str) -> None:

@@ -1,4 +1,7 @@
-"""What removing top-ranked images did: three metrics against K, method by method."""
+"""What removing top-ranked images did: three metrics against K, method by method.
+
+A few methods stand side by side above each K; many have a row each, in a panel per K.
+"""
 
 import numpy as np
 import pandas as pd
@@ -11,10 +14,12 @@ from matplotlib.patches import Patch
 from forgetrace.artifacts import read_table
 from forgetrace.config import RANDOM, SEED_SET
 from forgetrace.evaluation.metrics import METRICS
+from forgetrace.figures import rows
 from forgetrace.figures.style import INK, MUTED, colour_of, look, marker_of, save
 from forgetrace.layout import Layout
 
 SHOWN = ("delta_loss", "delta_mse", "similarity")
+SIDE_BY_SIDE = 6  # methods; more have a row each
 SPREAD = 0.6  # share of the space between two K over which the methods stand side by side
 
 
@@ -22,14 +27,59 @@ def draw(layout: Layout, name: str) -> None:
     """Draw the figure ``delta``."""
     summary, values = read_table(layout.table("counterfactual")), read_table(layout.table("per_query"))
     shown = [metric for metric in SHOWN if (summary["metric"] == metric).any()]
+    methods = [method for method in layout.config.retrain.methods if method != RANDOM]
     with look():
-        figure = Figure(figsize=(3.6 * len(shown) + 0.2, 4.0), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-        panels = figure.subplots(1, len(shown), squeeze=False)[0]
-        for axes, metric in zip(panels, shown, strict=True):
-            _panel(axes, layout, metric, summary[summary["metric"] == metric], values[values["metric"] == metric])
-        figure.legend(handles=_legend(layout, summary), loc="outside lower center", ncols=6, fontsize=8)
+        if len(methods) <= SIDE_BY_SIDE:
+            figure = _side_by_side(layout, shown, summary, values)
+        else:
+            figure = _in_rows(layout, shown, methods, summary, values)
         save(figure, layout, name)
+
+
+def _side_by_side(layout: Layout, shown: list[str], summary: pd.DataFrame, values: pd.DataFrame) -> Figure:
+    """A panel per metric."""
+    figure = Figure(figsize=(3.6 * len(shown) + 0.2, 4.0), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, metric in zip(panels, shown, strict=True):
+        _panel(axes, layout, metric, summary[summary["metric"] == metric], values[values["metric"] == metric])
+    figure.legend(handles=_legend(layout, summary), loc="outside lower center", ncols=6, fontsize=8)
+    return figure
+
+
+def _in_rows(
+    layout: Layout, shown: list[str], methods: list[str], summary: pd.DataFrame, values: pd.DataFrame
+) -> Figure:
+    """A panel per K and metric, whose rows are sorted by ΔL at the smallest K."""
+    ks, losses = sorted(layout.config.retrain.k), summary[summary["metric"] == "delta_loss"]
+    order = losses[losses["k"] == ks[0]].set_index("method")["mean"].reindex(methods)
+    methods = order.sort_values(ascending=False, kind="stable").index.tolist()
+    size = (3.6 * len(shown) + 1.5, 0.9 + len(ks) * (0.75 + rows.HEIGHT * len(methods)))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(ks), len(shown), squeeze=False, sharex="col")
+    for k, of_k in zip(ks, grid, strict=True):
+        for axes, metric in zip(of_k, shown, strict=True):
+            own = summary[(summary["metric"] == metric) & summary["k"].isin([k, 0])]
+            for row in own[own["method"].isin([RANDOM, SEED_SET])].itertuples():
+                _upright_band(axes, row, _band_style(layout, row.method))
+            rows.dots(axes, layout, methods, values[(values["metric"] == metric) & (values["k"] == k)])
+            rows.means(axes, layout, methods, own)
+            for row in own[own["method"].isin(methods)].itertuples():
+                rows.note(axes, methods.index(row.method), f"{row.p_vs_random_holm:.2g}")
+            rows.label(axes, layout, methods, named=axes is of_k[0])
+            axes.set_title(f"{METRICS[metric].label}, K = {k}")
+            axes.set_xlabel("more forgotten →" if METRICS[metric].forgotten > 0 else "← more forgotten", color=MUTED)
+    handles = _legend(layout, summary)[-len(_bands(summary)) - 2 :]
+    handles[-1].set_label("95% interval (right: p against random, Holm)")
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def _upright_band(axes: Axes, row, style: dict) -> None:
+    """The mean of random or other-seed models as an upright line, its interval as a band."""
+    if np.isfinite(row.ci_low):
+        axes.axvspan(row.ci_low, row.ci_high, **style)
+    axes.axvline(row.mean, linestyle="--" if style["hatch"] else "-", color=style["edgecolor"], linewidth=1.4)
 
 
 def _panel(axes: Axes, layout: Layout, metric: str, summary: pd.DataFrame, values: pd.DataFrame) -> None:
@@ -113,6 +163,12 @@ def _p_values(axes: Axes, layout: Layout, methods: list[str], ks: list[int], sum
             )
 
 
+def _bands(summary: pd.DataFrame) -> dict[str, str]:
+    """What is drawn as a band, with its label."""
+    labels = {RANDOM: "random images", SEED_SET: "nothing left out, other seeds"}
+    return {method: label for method, label in labels.items() if (summary["method"] == method).any()}
+
+
 def _legend(layout: Layout, summary: pd.DataFrame) -> list:
     """A handle per method, band and dot."""
     handles: list = []
@@ -120,9 +176,7 @@ def _legend(layout: Layout, summary: pd.DataFrame) -> list:
         if method != RANDOM:
             look_of = {"color": colour_of(layout, method), "marker": marker_of(layout, method)}
             handles.append(Line2D([], [], markeredgecolor="white", markersize=7, label=method, **look_of))
-    for method, label in ((RANDOM, "random images"), (SEED_SET, "nothing left out, other seeds")):
-        if (summary["method"] == method).any():
-            handles.append(Patch(**_band_style(layout, method), label=label))
+    handles += [Patch(**_band_style(layout, method), label=label) for method, label in _bands(summary).items()]
     dot = Line2D([], [], color=MUTED, marker="o", markersize=3, linewidth=0, label="one query")
     interval = Line2D([], [], color=INK, linewidth=2, label="95% interval (p: against random)")
     return [*handles, dot, interval]

@@ -77,8 +77,11 @@ def colour_of(layout: Layout, method: str) -> str:
 
 
 def marker_of(layout: Layout, method: str) -> str:
-    """The marker a method has in every plot, for readers without colour."""
-    return MARKERS[_place(layout, method) % len(MARKERS)]
+    """The marker a method has in every plot, for readers without colour; a colour's second method has another."""
+    if method == RANDOM:
+        return MARKERS[0]
+    place = _place(layout, method)
+    return MARKERS[(place + place // len(METHOD_COLOURS)) % len(MARKERS)]
 
 
 def _place(layout: Layout, method: str) -> int:

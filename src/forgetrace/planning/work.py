@@ -37,21 +37,26 @@ def fitted(config: Config) -> dict[str, tuple[str, int]]:
 
 def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
     """The work of every stage, finished or not, for N ``images`` trained on and their distinct ``captions``."""
-    config, queries = layout.config, layout.config.queries()
+    config, queries, judged = layout.config, layout.config.queries(), layout.config.judged_queries()
     generated = [query for query in queries if not config.image_query(query)]  # a user's image is not sampled
     shared, recipe, variants = layout.shared_models(), config.train, config.unlearn.values()
     own = len(layout.measured_models(queries[0])) - len(shared)  # leave-K-out models of one query
-    retrained = sum(method in (RANDOM, SEED_SET) for method, _, _ in shared) + own * len(queries)
+    at_once = len(layout.half_models()) + len(layout.pooled_models())
+    retrained = sum(method in (RANDOM, SEED_SET) for method, _, _ in shared) + own * len(judged) + at_once
     sampled = config.synthesize.sampler_steps * (1 if config.synthesize.guidance == 1 else 2)
     asked = len(range(0, recipe.timesteps, config.evaluate.timestep_stride)) * config.evaluate.draws
 
-    def measuring(models: int) -> dict[str, int]:
-        return {LOSS: len(queries) * models * asked, SAMPLER: len(generated) * models * sampled}
+    def measuring(models: int, all_queries: int = 0) -> dict[str, int]:
+        """Each judged query by so many models, and every query by so many."""
+        pairs = models * len(judged) + all_queries * len(queries)
+        drawn = models * len(set(judged).intersection(generated)) + all_queries * len(generated)
+        return {LOSS: pairs * asked, SAMPLER: drawn * sampled}
 
     unlearned, fits = len(variants) * len(queries), fitted(config)
     mirrored = sum(variant.procedure == "mucs" for variant in variants)  # asks an untrained model for its loss too
     gradients = len(queries) * sum(v.steps * v.draws * (2 if v.procedure == "mucs" else 1) for v in variants)  # at most
     asking, narrowing = {TORCH: len(queries)}, config.scan.narrowing
+    training = {TORCH: retrained, STEP: retrained * recipe.steps}
     most, mean = (narrowing.most, narrowing.mean) if narrowing else (config.scan.timesteps,) * 2  # of θ0, of a query
     checks = 2 * (QUERY_DRAWS + OTHERS_DRAWS * min(OTHERS, images)) * unlearned + QUERY_DRAWS * mirrored * len(queries)
     scores, figures = len(config.score.methods) * len(queries), len(catalogue.names(layout))
@@ -64,8 +69,8 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
         "unlearn": Work(unlearned, {TORCH: unlearned, GRADIENT: gradients, LOSS: checks}),
         "scan": Work(1 + unlearned, {TORCH: 1 + unlearned, SCAN: round(images * (most + unlearned * mean))}),
         "score": Work(scores, {START: scores}),
-        "retrain": Work(retrained, {TORCH: retrained, STEP: retrained * recipe.steps} | measuring(own), recipe.threads),
-        "measure": Work(len(queries), asking | measuring(len(shared))),
+        "retrain": Work(retrained, training | measuring(own, at_once), recipe.threads),
+        "measure": Work(len(judged), {TORCH: len(judged)} | measuring(len(shared))),
         "evaluate": Work(1, {TORCH: 1}),
         "figures": Work(figures, {START: figures, FIGURE: figures}),
     }

@@ -1,0 +1,73 @@
+"""What a method costs: seconds and memory of its jobs as Snakemake measured them, bytes of its files.
+
+A method needs what its attributor reads and, behind that, what those files are made of. What several methods share
+(θ0's scan, a Fisher) counts in full for each: the cost of having that method alone. Training θ0 and encoding counts
+for none, nor do its snapshots. Timings lie outside the results, on the machine where the jobs ran; what is not there
+is left empty.
+"""
+
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pandas as pd
+
+from forgetrace.attribution.contract import Together
+from forgetrace.attribution.registry import attributor
+from forgetrace.layout import Layout
+
+COST = ["method", "once_seconds", "query_seconds", "peak_mb", "disk_mb"]
+STAGES = ("fit", "unlearn", "scan", "score")
+
+
+def cost(layout: Layout) -> pd.DataFrame:
+    """Every method: seconds before the first query, seconds per query, peak memory, disk, in millions of bytes.
+
+    ``query_seconds`` is the mean over all queries of unlearning, scan and score; of a method that scores all queries
+    in one job, the job's share. Where that job was run again for a further query, only that run was measured.
+    """
+    return pd.DataFrame([(method, *_cost(layout, method)) for method in layout.config.score.methods], columns=COST)
+
+
+def _cost(layout: Layout, method: str) -> tuple[float, ...]:
+    queries = layout.config.queries()
+    files = {path for query in queries for path in needs(layout, method, query)}
+    of_queries = {path for path in files if PurePosixPath(path).stem in queries}
+    jobs = {timing(layout, method, path) for path in files - of_queries}
+    jobs_of_queries = {timing(layout, method, path) for path in of_queries}
+    seconds, memory = _measured(jobs)
+    seconds_of_queries, memory_of_queries = _measured(jobs_of_queries)
+    sizes = [Path(path).stat().st_size if Path(path).exists() else np.nan for path in files]
+    return seconds, seconds_of_queries / len(queries), np.maximum(memory, memory_of_queries), sum(sizes) / 1e6
+
+
+def needs(layout: Layout, method: str, query: str) -> set[str]:
+    """Files of the stages fit to score behind a method's scores for a query, those scores among them."""
+    source = attributor(layout, method)
+    files = {layout.score(method, query), *source.inputs(query)}
+    for features in source.features():
+        files |= {layout.features(features.name), *features.inputs()}
+    for variant, settings in layout.config.unlearn.items():
+        if layout.scan(variant, query) in files:
+            files.add(layout.unlearned(variant, query)["weights"])
+            files |= {layout.fisher} if settings.curvature != "none" else set()
+    return {path for path in files if path.startswith(tuple(f"{layout.root}/{stage}/" for stage in STAGES))}
+
+
+def timing(layout: Layout, method: str, path: str) -> str:
+    """The timing of the job that wrote one of :func:`needs`; names follow the file's, see ``workflow/rules``."""
+    stage, *names = PurePosixPath(path).relative_to(layout.root).with_suffix("").parts
+    if (stage, names[0]) == ("fit", "features"):
+        names = names[1:]
+    if stage == "score" and isinstance(attributor(layout, method), Together):
+        names = [method, "all"]
+    return layout.timing(stage, *names)
+
+
+def _measured(jobs: set[str]) -> tuple[float, float]:
+    """Seconds of jobs together and their peak memory in MB; NaN where one was not measured, 0 of no job."""
+    seconds, peaks = [0.0], [0.0]
+    for path in jobs:
+        measured = pd.read_csv(path, sep="\t", na_values="-").iloc[-1] if Path(path).exists() else {}
+        seconds.append(measured.get("s", np.nan))
+        peaks.append(measured.get("max_rss", np.nan))
+    return float(np.sum(seconds)), float(np.max(peaks))

@@ -1,0 +1,102 @@
+"""``forgetrace tune``: an option of a method, chosen by the linear datamodeling score of tuning queries.
+
+No counterfactual of a reported query is looked at. What an unlearning variant leaves for a value is kept under the
+name of its settings, so that a killed run goes on with the next; ``forgetrace tidy`` finds it when it is over.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from forgetrace.artifacts import UserError, fingerprint
+from forgetrace.attribution.registry import attributor, check_methods
+from forgetrace.attribution.scan import scan
+from forgetrace.attribution.contract import Together
+from forgetrace.config import Config, parse_config
+from forgetrace.curvature.fit import fit
+from forgetrace.evaluation.lds import correlations, read_halves
+from forgetrace.layout import Layout
+from forgetrace.unlearning.variants import unlearn_query
+
+POOL = "tuning"
+
+
+def tune(
+    layout: Layout, method: str, option: str, values: list[str], device: str = "auto", partial: bool = False
+) -> pd.DataFrame:
+    """Score the tuning queries with every value of an option.
+
+    Args:
+        layout: an experiment whose halves are measured on queries of the tuning pool.
+        method: one of ``score.methods``.
+        option: a key of its entry, or, with unlearning, of its variant.
+        values: of the option, as YAML.
+        device: where to compute.
+        partial: make do with the halves that have been measured.
+
+    Returns:
+        value, query, lds, halves; one row per value and tuning query.
+
+    Raises:
+        UserError: no tuning query or no half, or a value that the option cannot have.
+    """
+    queries = [query for query in layout.config.queries() if layout.config.origin(query) == POOL]
+    if not queries or not layout.config.retrain.subsets:
+        raise UserError(
+            "Tuning needs queries of the tuning pool under synthesize.queries and models of random halves "
+            "(retrain.subsets): add them to the config and run the experiment's retrainings."
+        )
+    trials = {value: _with(layout, method, option, yaml.safe_load(value)) for value in values}
+    halves = read_halves(layout, partial)
+    rows = []
+    for value, trial in trials.items():
+        scores = _scores(trial, method, queries, device)
+        found = correlations(halves, {method: scores}, 0, layout.config.seed)[method]
+        rows += [(value, query, found[query][0], len(halves.kept)) for query in queries]
+    return pd.DataFrame(rows, columns=["value", "query", "lds", "halves"])
+
+
+def best(table: pd.DataFrame) -> str:
+    """The value with the highest mean; of equals the first."""
+    means = table.groupby("value", sort=False)["lds"].mean()
+    return str(means.idxmax())
+
+
+def _with(layout: Layout, method: str, option: str, value: object) -> Layout:
+    """The experiment with another value; an unlearning variant with it has a name of its own."""
+    plain = layout.config.model_dump(mode="json", exclude_unset=True)
+    entry = plain["score"]["methods"].get(method)
+    if entry is None:
+        raise UserError(f"score.methods has no '{method}' (it has {', '.join(plain['score']['methods'])}).")
+    if (entry.get("attributor") or method) != "unlearning" or option == "score":
+        entry[option] = value
+    else:
+        variant = plain["unlearn"][entry.get("variant") or method] | {option: value}
+        entry["variant"] = f"tune-{fingerprint(variant)[:12]}"
+        plain["unlearn"][entry["variant"]] = variant
+    config: Config = parse_config(plain, f"{method}.{option} = {value}")
+    check_methods(config)
+    return replace(layout, config=config)
+
+
+def _scores(layout: Layout, method: str, queries: list[str], device: str) -> dict[str, np.ndarray]:
+    source = attributor(layout, method, device)
+    for features in source.features():
+        if not Path(layout.features(features.name)).exists():
+            features.fit()
+    variant = source.options.variant
+    if variant and variant.startswith("tune-"):
+        curvature = layout.fitted(layout.config.unlearn[variant].curvature)
+        if curvature and not Path(curvature[0]).exists():
+            fit(layout, layout.config.unlearn[variant].curvature, device)
+        for query in queries:
+            if not Path(layout.unlearned(variant, query)["losses"]).exists():
+                unlearn_query(layout, variant, query, device)
+            if not Path(layout.scan(variant, query)).exists():
+                scan(layout, variant, query, device)
+    if isinstance(source, Together):
+        return source.scores_of(queries)
+    return {query: source.scores(query) for query in queries}

@@ -1,0 +1,91 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import spearmanr
+
+from forgetrace.artifacts import UserError, read_table, write_json
+from forgetrace.attribution.unlearning import Unlearning
+from forgetrace.counterfactual.sets import half
+from forgetrace.diffusion.synthesis import synthesize
+from forgetrace.evaluation import tune as module
+from forgetrace.evaluation.tune import best, tune
+from forgetrace.layout import Layout
+
+from ..conftest import settings
+
+HALVES = 6
+
+
+def with_halves(tiny: Layout, **sections) -> Layout:
+    """The tiny experiment with two tuning queries and what invented models of random halves say of them."""
+    queries = [{"pool": "report", "count": 1}, {"pool": "tuning", "count": 2}]
+    sections = {"synthesize": {"queries": queries}, "retrain": {"subsets": HALVES, "queries": 1}, **sections}
+    layout = replace(tiny, config=settings(**sections))
+    random = np.random.default_rng(3)
+    for query in layout.config.queries():
+        if not Path(layout.query(query)["record"]).exists():
+            synthesize(layout, query, "cpu")
+    for model in layout.half_models():
+        said = {query: {"key": "", "loss": float(random.random())} for query in layout.config.queries()}
+        write_json(layout.losses(*model), {"queries": said})
+    return layout
+
+
+def losses_of(layout: Layout, query: str) -> list[float]:
+    from forgetrace.artifacts import read_json
+
+    return [read_json(layout.losses(*model))["queries"][query]["loss"] for model in layout.half_models()]
+
+
+def test_every_value_of_a_variants_option_is_scored_on_the_tuning_queries(tiny, monkeypatch):
+    layout = with_halves(tiny)
+    table = tune(layout, "unlearn", "step_size", ["1e-4", "1e-3"], "cpu")
+    assert table["value"].tolist() == ["1e-4", "1e-4", "1e-3", "1e-3"]
+    assert table["query"].tolist() == ["tuning-00", "tuning-01"] * 2
+    assert (table["halves"] == HALVES).all()
+    trial = module._with(layout, "unlearn", "step_size", 1e-3)
+    variant = trial.config.score.methods["unlearn"].variant
+    assert trial.config.unlearn[variant].step_size == 1e-3
+    kept = np.array([half(layout, len(read_table(layout.index)), f"draw{i}") for i in range(HALVES)])
+    scores = Unlearning(trial, "unlearn").scores("tuning-01")
+    assert table["lds"][3] == pytest.approx(spearmanr(-(kept @ scores), losses_of(layout, "tuning-01")).statistic)
+
+    def again(*arguments):
+        raise AssertionError("what is there was made again")
+
+    monkeypatch.setattr(module, "unlearn_query", again)
+    monkeypatch.setattr(module, "scan", again)
+    pd.testing.assert_frame_equal(tune(layout, "unlearn", "step_size", ["1e-4", "1e-3"], "cpu"), table)
+
+
+def test_an_option_of_the_method_itself_is_changed_there(tiny):
+    methods = {"influence": {"timesteps": 2}, "random": {}}
+    layout = with_halves(tiny, score={"methods": methods}, retrain={"subsets": HALVES, "queries": 1, "methods": []})
+    table = tune(layout, "influence", "damping", ["0.01", "100"], "cpu")
+    assert len(table) == 4
+    assert table["lds"].abs().max() <= 1
+    assert module._with(layout, "influence", "damping", 0.01).config.score.methods["influence"].damping == 0.01
+
+
+def test_the_best_value_has_the_highest_mean():
+    table = pd.DataFrame({"value": ["1", "1", "2", "2"], "lds": [0.9, -0.5, 0.3, 0.3]})
+    assert best(table) == "2"
+
+
+def test_values_that_cannot_be_are_refused_before_anything_runs(tiny, monkeypatch):
+    layout = with_halves(tiny)
+    monkeypatch.setattr(module, "unlearn_query", lambda *arguments: pytest.fail("it ran"))
+    with pytest.raises(UserError, match="unlearn.step_size = -1"):
+        tune(layout, "unlearn", "step_size", ["1e-4", "-1"], "cpu")
+    with pytest.raises(UserError, match="'pixel' has no such option"):
+        tune(layout, "pixel", "damping", ["1"], "cpu")
+    with pytest.raises(UserError, match=r"score.methods has no 'pixels'"):
+        tune(layout, "pixels", "damping", ["1"], "cpu")
+
+
+def test_without_tuning_queries_or_halves_there_is_nothing_to_tune_on(tiny):
+    with pytest.raises(UserError, match="Tuning needs queries of the tuning pool"):
+        tune(tiny, "unlearn", "step_size", ["1e-4"], "cpu")
