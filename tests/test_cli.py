@@ -184,6 +184,16 @@ def test_tidy_keeps_features_and_weights_of_halves_and_pools(tmp_path, monkeypat
     assert listed == [f"results/tiny/{name}" for name in stale]
 
 
+def test_a_partial_evaluation_is_asked_for(config, monkeypatch):
+    from forgetrace.evaluation import tables
+
+    asked = []
+    monkeypatch.setattr(tables, "evaluate", lambda layout, partial: asked.append(partial))
+    for options in ([], ["--partial"]):
+        assert CliRunner().invoke(cli.app, ["evaluate", "--config", config, *options]).exit_code == 0
+    assert asked == [False, True]
+
+
 def test_the_sweep_prints_the_chosen_step_size(config, monkeypatch):
     import pandas as pd
 

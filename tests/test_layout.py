@@ -104,3 +104,26 @@ def test_models_a_query_is_measured_with():
     own = [("unlearn", 5, "report-00"), ("unlearn", 10, "report-00")]
     assert layout.measured_models("report-00") == shared + own
     assert layout.retrained("base", 0, "base") == layout.weights
+
+
+def test_models_of_halves_and_pools_and_the_tables_made_of_them():
+    plain = ["per_query", "counterfactual", "comparisons"]
+    assert Layout("tiny", settings()).tables() == plain
+    layout = Layout("tiny", settings(retrain={"methods": [], "subsets": 2, "subset_seeds": 2}))
+    assert [member for _, _, member in layout.half_models()] == ["draw0", "draw1", "draw0-seed1", "draw1-seed1"]
+    assert {(method, k) for method, k, _ in layout.half_models()} == {("half", 0)}
+    assert layout.tables() == [*plain, "lds", "lds_per_query", "agreement", "cost"]
+    layout = Layout("tiny", settings(retrain={"pools": 2, "pooled_k": [5, 10]}))
+    assert layout.pooled_models()[:4] == [
+        ("unlearn", 5, "pool0"), ("unlearn", 5, "pool1"), ("unlearn", 10, "pool0"), ("unlearn", 10, "pool1"),
+    ]  # fmt: skip
+    assert len(layout.pooled_models()) == 6 * 2 * 2
+    assert (layout.pool("pool0"), layout.pool("pool1")) == (["report-00", "mine"], ["report-01"])
+    assert layout.tables() == [*plain, "pooled", "agreement", "cost"]
+    wanted = {layout.losses("text", 5, "pool1"), layout.retrained("text", 5, "pool1"), layout.table("cost")}
+    assert wanted <= layout.files()
+    assert layout.checkpoints("text-k5-pool1") in layout.unfinished()
+
+
+def test_timings_lie_outside_the_results(layout):
+    assert layout.timing("score", "pixel", "mine") == "timings/tiny/score/pixel/mine.tsv"
