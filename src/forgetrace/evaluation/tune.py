@@ -49,7 +49,7 @@ def tune(
             "Tuning needs queries of the tuning pool under synthesize.queries and models of random halves "
             "(retrain.subsets): add them to the config and run the experiment's retrainings."
         )
-    trials = {value: _with(layout, method, option, yaml.safe_load(value)) for value in values}
+    trials = {value: _with(layout, method, option, _parsed(value)) for value in values}
     halves = read_halves(layout, partial)
     rows = []
     for value, trial in trials.items():
@@ -63,6 +63,13 @@ def best(table: pd.DataFrame) -> str:
     """The value with the highest mean; of equals the first."""
     means = table.groupby("value", sort=False)["lds"].mean()
     return str(means.idxmax())
+
+
+def _parsed(value: str) -> object:
+    try:
+        return float(value) if "e" in value.lower() else yaml.safe_load(value)  # 1e-3 is text in YAML
+    except ValueError:
+        return value
 
 
 def _with(layout: Layout, method: str, option: str, value: object) -> Layout:
