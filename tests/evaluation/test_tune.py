@@ -78,7 +78,7 @@ def test_the_best_value_has_the_highest_mean():
 def test_values_that_cannot_be_are_refused_before_anything_runs(tiny, monkeypatch):
     layout = with_halves(tiny)
     monkeypatch.setattr(module, "unlearn_query", lambda *arguments: pytest.fail("it ran"))
-    with pytest.raises(UserError, match="unlearn.step_size = -1"):
+    with pytest.raises(UserError, match=r"unlearn\.step_size = -1"):
         tune(layout, "unlearn", "step_size", ["1e-4", "-1"], "cpu")
     with pytest.raises(UserError, match="'pixel' has no such option"):
         tune(layout, "pixel", "damping", ["1"], "cpu")

@@ -43,9 +43,9 @@ BY_HAND = {
         # MUCS has steps of 16 draws of the query and 16 of images, and an untrained model's loss.
         "unlearn": (4 * 2, 0, 2 * (64 + 64 + 2 * 16 + 2 * 2 * 16 + 1000) + 8 * 2 * (1000 + 4 * 256)),
         "scan": (1 + 4 * 2, 0, 9 * 300 * 4),
-        "score": (8 * 2, 0, 0),
+        "score": (8 * 2 + 3, 0, 0),  # three methods score all queries in one job
         # Besides those of the queries: 2 halves twice, a pool of each method; asked about both queries.
-        "retrain": (2 + 1 + 2 * 2 + 4 + 8, 19, 19 * 60 * 16 + (4 + 12 * 2) * (20 + 5)),
+        "retrain": (2 + 1 + 2 * 2 + 4 + 11, 22, 22 * 60 * 16 + (4 + 15 * 2) * (20 + 5)),
         "measure": (2, 0, 2 * (1 + 2 + 1) * (20 + 5)),
         "evaluate": (1, 0, 0),
         "figures": (1 + 2 * 2 + 1 + 1, 0, 0),

@@ -1,5 +1,6 @@
 import pytest
 
+from forgetrace.attribution import registry
 from forgetrace.layout import load_layout
 
 from .conftest import ROOT
@@ -31,7 +32,9 @@ def test_every_experiment_can_be_planned(checkout, experiment):
     shared = len(config.retrain.k) * config.retrain.random_draws + config.retrain.seeds
     planned = checkout.planned("--configfile", f"config/{experiment}.yaml")
     assert planned["prepare"] == planned["encode"] == planned["train"] == planned["evaluate"] == 1
-    assert planned["score"] == queries * len(config.score.methods)
+    together = len(registry.together(layout))
+    assert planned["score"] == queries * (len(config.score.methods) - together)
+    assert planned.get("score_together", 0) == together
     assert planned["retrain_shared"] == shared
     assert planned.get("retrain", 0) == asked * judged * len(config.retrain.k)
     assert planned.get("retrain_half", 0) == len(layout.half_models())

@@ -125,13 +125,15 @@ def test_a_query_adds_only_its_own_jobs(smoke):
     with edited(smoke, "config/digits.yaml", "count: 2", "count: 3"):
         planned = smoke.planned()
         config = layout_of(smoke).config
-    variants, judged = len(config.unlearn), len(config.retrain.methods)
+    variants, judged, together = len(config.unlearn), len(config.retrain.methods), 3
     assert planned == {
         "synthesize": 1,
         "unlearn": variants,
         "scan": variants,
-        "score": len(config.score.methods),
-        "figure_attribution": 1,
+        "score": len(config.score.methods) - together,
+        # One job for all queries, which keeps the scores that are there; grids show all methods.
+        "score_together": together,
+        "figure_attribution": len(config.queries()),
         "retrain": judged,
         "measure": 1,
         "figure_counterfactual": 1,

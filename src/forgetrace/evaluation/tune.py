@@ -12,9 +12,9 @@ import pandas as pd
 import yaml
 
 from forgetrace.artifacts import UserError, fingerprint
+from forgetrace.attribution.contract import Together
 from forgetrace.attribution.registry import attributor, check_methods
 from forgetrace.attribution.scan import scan
-from forgetrace.attribution.contract import Together
 from forgetrace.config import Config, parse_config
 from forgetrace.curvature.fit import fit
 from forgetrace.evaluation.lds import correlations, read_halves

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
+from forgetrace.attribution.registry import together
 from forgetrace.encoding.check import check_data
 from forgetrace.layout import Layout
 from forgetrace.planning.calibrate import Unit, calibrate
@@ -15,7 +16,7 @@ NOTES = """\
 Wall time on {cores} cores: {wall}, if, after data and encoding, the base model is trained with random and seed
 retrainings beside it, all else then fills the cores or lasts as long as one query's chain of jobs, and figures follow.
 On a GPU, jobs take turns. Snakemake's own seconds are not counted. Memory is that of one job.
-Finished results would be reused and are not subtracted.
+Finished results would be reused and are not subtracted.{uncounted}
 Measured on {device} in {took:.0f} s, by one process:{rates}"""
 
 
@@ -67,7 +68,11 @@ def plan(layout: Layout, cores: int | None, device: str) -> str:
     seconds = {stage: job_seconds(work, units) for stage, work in stages.items()}
     wall = wall_seconds(stages, seconds, len(layout.shared_models()) - 1, cores if facts["device"] == "cpu" else 1)
     rates = "".join(f"\n  {name}: {1000 * unit.each:.3g} ms" for name, unit in units.items())
-    notes = NOTES.format(cores=cores, wall=clock(wall), device=facts["device"], took=took, rates=rates)
+    methods = ", ".join(together(layout))
+    uncounted = methods and f"\nWhat these methods compute of the training images is not counted: {methods}."
+    notes = NOTES.format(
+        uncounted=uncounted, cores=cores, wall=clock(wall), device=facts["device"], took=took, rates=rates
+    )
     return f"{table(layout, stages, seconds, units, facts)}\n\n{notes}"
 
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from forgetrace.attribution.registry import together
 from forgetrace.config import RANDOM, SEED_SET, Config
 from forgetrace.figures import catalogue
 from forgetrace.layout import Layout
@@ -59,7 +60,8 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
     training = {TORCH: retrained, STEP: retrained * recipe.steps}
     most, mean = (narrowing.most, narrowing.mean) if narrowing else (config.scan.timesteps,) * 2  # of θ0, of a query
     checks = 2 * (QUERY_DRAWS + OTHERS_DRAWS * min(OTHERS, images)) * unlearned + QUERY_DRAWS * mirrored * len(queries)
-    scores, figures = len(config.score.methods) * len(queries), len(catalogue.names(layout))
+    passes, figures = len(together(layout)), len(catalogue.names(layout))  # a job of each such method; see estimate
+    scores = (len(config.score.methods) - passes) * len(queries) + passes
     return {
         "prepare": Work(1, {START: 1, PREPARED: 1}),
         "encode": Work(1, {TORCH: 1, CAPTION: captions}),
