@@ -174,7 +174,8 @@ def summary(layout: Layout, found: Correlations, shape: tuple[int, int]) -> pd.D
         for method, values in pool.items():
             if not values:
                 continue
-            points, (error, low, high) = _points(values), _spread(values)
+            points, (error, *ends) = _points(values), _spread(values)
+            low, high = np.clip(ends, -1, 1)
             p = _p_against(pool.get(RANDOM, {}), values, method, layout.config.seed)
             rows.append((origin, method, len(points), *shape, points.mean(), error, low, high, p))
             if method == SEED_SET:

@@ -26,7 +26,8 @@ def draw(layout: Layout, name: str) -> None:
     summary, values = summary[summary["queries"] == pool], values[values["queries"] == pool]
     methods = summary[~summary["method"].isin([SEED_SET, CEILING])]
     methods = methods.sort_values("mean", ascending=False, kind="stable")["method"].tolist()
-    pooled = read_table(layout.table("pooled")) if layout.config.retrain.pools else None
+    # A single pool has no controls to compare its targets with.
+    pooled = read_table(layout.table("pooled")) if layout.config.retrain.pools > 1 else None
     with look():
         panels = 1 if pooled is None else 2
         size = (WIDTH * panels + 0.8, MARGIN + rows.HEIGHT * len(methods))
