@@ -49,7 +49,7 @@ def needs(layout: Layout, method: str, query: str) -> set[str]:
     for variant, settings in layout.config.unlearn.items():
         if layout.scan(variant, query) in files:
             files.add(layout.unlearned(variant, query)["weights"])
-            files |= {layout.fisher} if settings.curvature != "none" else set()
+            files |= set(layout.fitted(settings.curvature)[:1])
     return {path for path in files if path.startswith(tuple(f"{layout.root}/{stage}/" for stage in STAGES))}
 
 
