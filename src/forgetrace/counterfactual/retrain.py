@@ -56,8 +56,7 @@ def retrain(layout: Layout, method: str, k: int, member: str, device: str = "aut
     if not PartialState().is_main_process:
         return
     if keeps_weights:
-        made_by = provenance(layout.config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
-        write_tensors(path, weights, made_by | record)
+        _keep(layout, path, weights, record)
     if not shared:
         unet = _model(layout, encoded, weights, pick_device(device))
         measure(layout, unet, (method, k, member), member, measured)
@@ -92,13 +91,18 @@ def retrain_measured(layout: Layout, method: str, k: int, member: str, device: s
         if not PartialState().is_main_process:
             return
         if keeps_weights:
-            made_by = provenance(layout.config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
-            write_tensors(weights_path, weights, made_by | record)
+            _keep(layout, weights_path, weights, record)
         unet = _model(layout, encoded, weights, target)
     found = {query: {"key": keys[query]} | brief_measure(layout, unet, query) for query in missing}
     record = {"method": method, "k": k, "member": member, "removed": int(training.removed.sum())}
     write_json(path, record | {"processor": processor_name(target), "queries": known | found})
     discard_checkpoints(layout, training.name)
+
+
+def _keep(layout: Layout, path: str, weights: dict[str, torch.Tensor], record: dict) -> None:
+    """Write a model's weights with what :func:`_is_trained` knows them by."""
+    made_by = provenance(layout.config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
+    write_tensors(path, weights, made_by | record)
 
 
 def _known(path: str, keys: dict[str, str]) -> dict[str, dict]:
