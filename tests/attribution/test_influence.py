@@ -1,16 +1,19 @@
 """Gradient methods against plain loops, closed forms and the unlearning they are the derivative of."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from forgetrace.artifacts import UserError, read_arrays, read_tensors, read_tensors_provenance
+from forgetrace.artifacts import UserError, read_table, read_tensors_provenance
 from forgetrace.attribution.inner_products import products
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.scan import scan
+from forgetrace.attribution.score import score
 from forgetrace.attribution.unlearning import Unlearning
+from forgetrace.config import Fit
 from forgetrace.curvature.datainf import inverse_products
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet, load_weights
@@ -119,6 +122,7 @@ def test_a_killed_pass_goes_on_where_it_was(tiny, monkeypatch):
     from forgetrace.attribution import inner_products
 
     layout = with_method(tiny, attributor="influence", timesteps=2)
+    layout = replace(layout, config=layout.config.model_copy(update={"fit": Fit(draws=60, chunk=30)}))
     expected = attributor(layout, "m", "cpu").scores(QUERY)
     whole, calls = inner_products.products, []
 
@@ -128,13 +132,47 @@ def test_a_killed_pass_goes_on_where_it_was(tiny, monkeypatch):
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(inner_products, "BATCH", 30)
-    monkeypatch.setattr(inner_products.inner_products, "__defaults__", (lambda gradients: None, 30))
     monkeypatch.setattr(inner_products, "products", counted)
     with pytest.raises(KeyboardInterrupt):
         attributor(layout, "m", "cpu").scores(QUERY)
     np.testing.assert_allclose(attributor(layout, "m", "cpu").scores(QUERY), expected, rtol=1e-4, atol=1e-12)
     assert len(calls) == 2 + 2  # of 80 gradients 30 were there
+
+
+def test_what_a_killed_method_found_is_not_taken_for_another_s(tiny, monkeypatch):
+    """TracIn and ReTrac have the same options, models and inputs, but other directions."""
+    clean = attributor(with_method(tiny, attributor="retrac", timesteps=2), "m", "cpu").scores(QUERY)
+    killed = attributor(with_method(tiny, attributor="tracin", timesteps=2), "m", "cpu")
+
+    def die(found):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(killed, "reduce", die)
+    with pytest.raises(KeyboardInterrupt):
+        killed.scores(QUERY)
+    assert list(Path(tiny.checkpoints("score")).iterdir())
+    again = attributor(with_method(tiny, attributor="retrac", timesteps=2), "m", "cpu").scores(QUERY)
+    np.testing.assert_allclose(again, clean, rtol=1e-5)
+
+
+def test_the_number_of_draws_is_part_of_what_datainf_hangs_on(tiny):
+    layout = with_method(tiny, attributor="datainf", timesteps=2)
+    fewer = replace(layout, config=layout.config.model_copy(update={"fit": Fit(draws=7)}))
+    keys = {attributor(each, "m")._key([QUERY]) for each in (layout, fewer)}
+    assert len(keys) == 2
+    score(layout, "m", None, "cpu")
+    before = read_table(layout.score("m", QUERY))
+    score(fewer, "m", None, "cpu")
+    assert not before.equals(read_table(layout.score("m", QUERY)))
+
+
+def test_directions_are_held_of_as_many_queries_as_fit(tiny, monkeypatch):
+    layout = with_method(tiny, attributor="influence", timesteps=2)
+    together = attributor(layout, "m", "cpu").scores_of([QUERY, "mine"])
+    monkeypatch.setattr("forgetrace.attribution.gradients.HELD", 1)
+    one_by_one = attributor(layout, "m", "cpu").scores_of([QUERY, "mine"])
+    for query, scores in together.items():
+        np.testing.assert_allclose(one_by_one[query], scores, rtol=1e-4, atol=1e-10)
 
 
 def test_products_of_a_linear_model_by_hand():
@@ -223,5 +261,3 @@ def test_an_ekfac_influence_reads_its_factors(tiny):
     diagonal = attributor(with_method(tiny, attributor="influence", timesteps=2), "m", "cpu").scores(QUERY)
     assert np.isfinite(scores).all()
     assert 0.2 < np.corrcoef(scores, diagonal)[0, 1] < 0.99999
-    assert read_tensors(layout.ekfac)
-    assert read_arrays(layout.base_scan)

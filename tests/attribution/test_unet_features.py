@@ -77,7 +77,12 @@ def test_every_setting_has_features_of_its_own(tiny):
 def test_features_of_another_model_are_not_compared(tiny):
     layout = experiment()
     fit(layout)
-    assert set(read_json(layout.features_record("unet-t2-noises4"))["config"]) == {"timestep", "noises", "seed"}
+    assert set(read_json(layout.features_record("unet-t2-noises4"))["config"]) == {
+        "timestep",
+        "noises",
+        "seed",
+        "versions",
+    }
     assert all(Path(path).is_file() for path in attributor(layout, "unet-features").inputs("mine"))
     write_json(layout.scheduler, read_json(layout.scheduler) | {"beta_schedule": "linear"})
     with pytest.raises(UserError, match="other data, weights or settings"):

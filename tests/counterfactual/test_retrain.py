@@ -338,10 +338,14 @@ def test_a_half_is_asked_about_every_query_and_only_that_is_kept(tiny, trainings
     retrain_measured(layout, *HALF, "cpu")
     record = read_json(layout.losses(*HALF))
     assert (record["method"], record["k"], record["member"], record["removed"]) == (*HALF, 20)
-    assert record["processor"]
     assert list(record["queries"]) == ["report-00", "mine"]
-    assert record["queries"]["report-00"].keys() == {"key", "loss", "mse"}
-    assert record["queries"]["mine"].keys() == {"key", "loss"}  # a user's image has no noise to be made from again
+    assert record["queries"]["report-00"]["processor"]
+    assert record["queries"]["report-00"].keys() == {"key", "processor", "loss", "mse"}
+    assert record["queries"]["mine"].keys() == {
+        "key",
+        "processor",
+        "loss",
+    }  # a user's image has no noise to be made from again
     assert not Path(layout.retrained(*HALF)).exists()
 
 

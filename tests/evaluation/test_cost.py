@@ -1,10 +1,15 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from forgetrace.artifacts import write_table
 from forgetrace.attribution import registry
 from forgetrace.attribution.contract import Features, Together
+from forgetrace.attribution.score import TOOK
+from forgetrace.config import Variant
 from forgetrace.evaluation.cost import COST, cost, needs, timing
 
 from . import synthetic
@@ -70,7 +75,7 @@ def test_what_was_not_measured_is_empty(layout):
     table = cost(layout)
     assert list(table.columns) == COST
     assert table["method"].tolist() == ["unlearn", "pixel-l2", "random"]
-    assert table.drop(columns=["method", "once_seconds"]).isna().all().all()
+    assert table.drop(columns=["method", "once_seconds", "queries_at_once"]).isna().all().all()
     assert table["once_seconds"].tolist() == pytest.approx([np.nan, 0, 0], nan_ok=True)
     for query in layout.config.queries():
         ran(layout.timing("score", "random", query), 1, 50)
@@ -81,9 +86,30 @@ def test_what_was_not_measured_is_empty(layout):
     assert np.isnan(row["disk_mb"])
 
 
+def scored(layout, query: str, took: dict) -> None:
+    """Scores of a query that say what they took."""
+    table = pd.DataFrame({"image_id": ["a"], "score": [1.0], "rank": [1]})
+    write_table(layout.score("pixel-l2", query), table, {TOOK: took})
+
+
+def test_the_curvature_a_variant_steps_by_is_paid(layout):
+    variants = {"unlearn": {"step_size": 1.0, "curvature": "ekfac"}, "unlearn-sgd": {"step_size": 1.0}}
+    layout = replace(layout, config=layout.config.model_copy(update={"unlearn": parse_variants(variants)}))
+    assert layout.ekfac in needs(layout, "unlearn", "report-00")
+    assert layout.fisher not in needs(layout, "unlearn", "report-00")
+
+
+def parse_variants(variants: dict) -> dict:
+    """The section ``unlearn`` of a config."""
+    return {name: Variant(**options) for name, options in variants.items()}
+
+
 def test_a_job_for_all_queries_is_shared_and_features_are_paid_once(layout, monkeypatch):
     class Known(Features):
         name = "gradients-t10"
+
+        def settings(self):
+            return {}
 
         def inputs(self):
             return [layout.weights, layout.fisher]
@@ -115,5 +141,13 @@ def test_a_job_for_all_queries_is_shared_and_features_are_paid_once(layout, monk
     ran("timings/synthetic/fit/gradients-t10.tsv", 30, 900)
     ran("timings/synthetic/fit/fisher.tsv", 70, 200)
     ran("timings/synthetic/score/pixel-l2/all.tsv", 20, 1000)
+    assert np.isnan(row_of(cost(layout), method="pixel-l2")["query_seconds"])  # no scores say what they took
+    queries = layout.config.queries()
+    for query in queries[:-1]:
+        scored(layout, query, {"seconds": 30, "queries": 3})
+    # The last query came later: what its job took is its own, and the others keep theirs.
+    scored(layout, queries[-1], {"seconds": 26, "queries": 1})
     row = row_of(cost(layout), method="pixel-l2")
-    assert (row["once_seconds"], row["query_seconds"], row["peak_mb"]) == (100, 5, 1000)
+    assert (row["once_seconds"], row["peak_mb"]) == (100, 1000)
+    assert row["query_seconds"] == pytest.approx((3 * 10 + 26) / 4)
+    assert row["queries_at_once"] == pytest.approx((3 * 3 + 1) / 4)

@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from forgetrace.artifacts import UserError, read_table, write_json
+from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.unlearning import Unlearning
 from forgetrace.counterfactual.sets import half
 from forgetrace.diffusion.synthesis import synthesize
@@ -49,6 +50,8 @@ def test_every_value_of_a_variants_option_is_scored_on_the_tuning_queries(tiny, 
     trial = module._with(layout, "unlearn", "step_size", 1e-3)
     variant = trial.config.score.methods["unlearn"].variant
     assert trial.config.unlearn[variant].step_size == 1e-3
+    other = replace(layout, config=layout.config.model_copy(update={"seed": 6}))  # θ0 and the scans would be others
+    assert module._with(other, "unlearn", "step_size", 1e-3).config.score.methods["unlearn"].variant != variant
     kept = np.array([half(layout, len(read_table(layout.index)), f"draw{i}") for i in range(HALVES)])
     scores = Unlearning(trial, "unlearn").scores("tuning-01")
     assert table["lds"][3] == pytest.approx(spearmanr(-(kept @ scores), losses_of(layout, "tuning-01")).statistic)
@@ -65,8 +68,14 @@ def test_an_option_of_the_method_itself_is_changed_there(tiny):
     methods = {"influence": {"timesteps": 2}, "random": {}}
     layout = with_halves(tiny, score={"methods": methods}, retrain={"subsets": HALVES, "queries": 1, "methods": []})
     table = tune(layout, "influence", "damping", ["0.01", "100"], "cpu")
+    for value, rows in table.groupby("value"):
+        trial = module._with(layout, "influence", "damping", float(value))
+        kept = np.array([half(layout, len(read_table(layout.index)), f"draw{i}") for i in range(HALVES)])
+        for _, row in rows.iterrows():
+            scores = attributor(trial, "influence", "cpu").scores(row["query"])
+            expected = spearmanr(-(kept @ scores), losses_of(layout, row["query"])).statistic
+            assert row["lds"] == pytest.approx(expected)
     assert len(table) == 4
-    assert table["lds"].abs().max() <= 1
     assert module._with(layout, "influence", "damping", 0.01).config.score.methods["influence"].damping == 0.01
 
 
@@ -89,3 +98,31 @@ def test_values_that_cannot_be_are_refused_before_anything_runs(tiny, monkeypatc
 def test_without_tuning_queries_or_halves_there_is_nothing_to_tune_on(tiny):
     with pytest.raises(UserError, match="Tuning needs queries of the tuning pool"):
         tune(tiny, "unlearn", "step_size", ["1e-4"], "cpu")
+
+
+def test_without_any_half_trained_the_way_out_is_said(tiny):
+    layout = with_halves(tiny)
+    for model in layout.half_models():
+        Path(layout.losses(*model)).unlink()
+    with pytest.raises(UserError, match="No model of a random half has been trained yet"):
+        tune(layout, "unlearn", "step_size", ["1e-4"], "cpu", partial=True)
+
+
+def test_a_half_not_yet_asked_about_a_new_query_waits(tiny):
+    layout = with_halves(tiny)
+    write_json(layout.losses(*layout.half_models()[2]), {"queries": {"report-00": {"key": "", "loss": 1.0}}})
+    assert set(tune(layout, "pixel", "timesteps", [], "cpu", partial=True).columns) == {
+        "value",
+        "query",
+        "lds",
+        "halves",
+    }
+    assert len(module.read_halves(layout, partial=True).kept) == HALVES - 1
+    with pytest.raises(UserError, match="forgetrace retrain --method half --k 0 --member draw2 again"):
+        module.read_halves(layout)
+
+
+def test_what_is_no_value_is_named(tiny):
+    with pytest.raises(UserError, match=r"--values: '\[' is no value"):
+        tune(with_halves(tiny), "unlearn", "step_size", ["["], "cpu")
+    assert [module._parsed(text) for text in ("1e-3", " ekfac", "10", "null")] == [1e-3, "ekfac", 10.0, None]

@@ -32,6 +32,7 @@ rule fit_features:
         lambda wildcards: FEATURES[wildcards.features].inputs(),
     output:
         layout.features("{features}"),
+        layout.features_record("{features}"),
     log:
         log_file("fit", "{features}"),
     benchmark:
@@ -232,7 +233,10 @@ rule score_together:
     params:
         config=CONFIG_FILE,
         shaped_by=lambda wildcards: shaped_by(
-            "score", "seed", ("score", "methods", wildcards.method)
+            "score",
+            "seed",
+            ("score", "methods", wildcards.method),
+            **registry.attributor(layout, wildcards.method).shaped_by(),
         ),
     shell:
         "forgetrace score --config {params.config:q} --method {wildcards.method:q}"

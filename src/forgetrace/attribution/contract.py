@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from forgetrace.artifacts import UserError, provenance, read_array, read_json, stage_versions
 from forgetrace.config import Config, Method
 from forgetrace.layout import Layout
 
@@ -17,10 +18,15 @@ from forgetrace.layout import Layout
 class Features(ABC):
     """Something computed once for every training image and kept, for one method or several.
 
+    A record beside it says what it was computed from, so that a query never meets features of another model, of other
+    data or of other settings.
+
     Attributes:
+        layout: the experiment's files.
         name: says every setting, so that equal ones share a file.
     """
 
+    layout: Layout
     name: str
 
     @abstractmethod
@@ -28,8 +34,33 @@ class Features(ABC):
         """Files they are computed from."""
 
     @abstractmethod
+    def settings(self) -> dict:
+        """Everything that shapes them beside :meth:`inputs`, as plain data."""
+
+    @abstractmethod
     def fit(self) -> None:
-        """Write ``layout.features(name)``."""
+        """Write ``layout.features(name)``, then its record by :meth:`made_by`."""
+
+    def made_by(self) -> dict:
+        """What the features hang on, for their record."""
+        inputs = {path.removeprefix(f"{self.layout.root}/"): path for path in self.inputs()}
+        return provenance(self.settings() | {"versions": stage_versions("fit")}, inputs)
+
+    def kept(self) -> np.ndarray:
+        """What :meth:`fit` wrote; (N, width), float32, memory-mapped.
+
+        Raises:
+            UserError: it is missing, damaged or of other settings, files or weights than the queries would meet.
+        """
+        path, record = self.layout.features(self.name), self.layout.features_record(self.name)
+        features = read_array(path, mmap=True)
+        found, wanted = read_json(record), self.made_by()
+        if any(found.get(key) != wanted[key] for key in ("config", "inputs")):
+            raise UserError(
+                f"{path} was computed from other data, weights or settings: delete it and run the fit stage again "
+                f"(forgetrace fit --features {self.name})."
+            )
+        return features
 
 
 class Attributor(ABC):
@@ -63,6 +94,10 @@ class Attributor(ABC):
     def features(self) -> list[Features]:
         """What the ``fit`` stage must have computed of the training images; by default nothing."""
         return []
+
+    def shaped_by(self) -> dict:
+        """Settings outside the method's own entry that its scores hang on, as plain data; by default none."""
+        return {}
 
     @abstractmethod
     def inputs(self, query: str) -> list[str]:

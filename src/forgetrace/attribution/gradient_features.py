@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forgetrace.artifacts import UserError, fingerprint, provenance, sha256_of, stage_versions, write_array
+from forgetrace.artifacts import UserError, fingerprint, write_json
 from forgetrace.attribution.contract import Features
 from forgetrace.attribution.resumable import resumable
 from forgetrace.diffusion.noise import NoiseBank, spaced_timesteps
@@ -19,6 +19,9 @@ from forgetrace.progress import progress
 if TYPE_CHECKING:
     from forgetrace.attribution.output_gradients import OutputGradients
     from forgetrace.encoding.store import Encoded
+
+
+BLOCK = 2**12  # rows looked at at once
 
 
 class OverTimesteps(Features):
@@ -38,8 +41,12 @@ class OverTimesteps(Features):
         model = [layout.weights, layout.architecture, layout.scheduler]
         return [*model, layout.latents, layout.captions, layout.index, layout.encode_manifest]
 
+    def settings(self) -> dict:
+        """The seed; all else is in the name."""
+        return {"seed": self.layout.config.seed, "features": self.name}
+
     def fit(self) -> None:
-        """Write ``layout.features(name)``, (N, width), float32.
+        """Write ``layout.features(name)``, (N, width), float32, and its record.
 
         Raises:
             UserError: an input is missing or damaged, or a result not finite.
@@ -47,19 +54,21 @@ class OverTimesteps(Features):
         from forgetrace.encoding.store import load_encoded
 
         layout, encoded = self.layout, load_encoded(self.layout)
-        made_by = provenance({"seed": layout.config.seed, "features": self.name}, {"weights": layout.weights})
-        key = fingerprint([made_by, sha256_of(layout.encode_manifest), stage_versions("fit")])
-        partial = Path(layout.checkpoints("features")) / f"{key}.npy"
+        made_by = self.made_by()
+        partial = Path(layout.checkpoints("features")) / f"{fingerprint(made_by)}.npy"
         values = resumable(partial, (len(encoded), self.width))
         timesteps = spaced_timesteps(self.timesteps, layout.config.train.timesteps)
         self.fill(values, encoded, NoiseBank(layout.config.seed, "features", timesteps, encoded.latents.shape[1:]))
-        if not np.isfinite(values).all():
+        if not all(np.isfinite(values[start : start + BLOCK]).all() for start in range(0, len(values), BLOCK)):
             raise UserError(
                 f"The gradients or losses of {layout.weights} are NaN or infinite: its training went wrong; "
                 "lower train.learning_rate and train again."
             )
-        write_array(layout.features(self.name), values)
-        partial.unlink()
+        values.flush()
+        path = Path(layout.features(self.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(path)
+        write_json(layout.features_record(self.name), made_by)
 
     @abstractmethod
     def fill(self, values: np.ndarray, encoded: "Encoded", bank: NoiseBank) -> None:

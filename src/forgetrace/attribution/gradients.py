@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgetrace.attribution.inner_products import inner_products
 from forgetrace.attribution.resumable import resumable
 from forgetrace.config import Variant
 from forgetrace.curvature.datainf import datainf
+from forgetrace.curvature.draws import losses_for_gradients
 from forgetrace.diffusion.device import pick_device
-from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet, load_weights
 from forgetrace.diffusion.noise import NoiseBank, spaced_timesteps
 from forgetrace.encoding.store import load_encoded
@@ -20,6 +21,7 @@ from forgetrace.unlearning.step import Query, Weights, query_gradient
 from forgetrace.unlearning.subsets import select
 from forgetrace.unlearning.variants import load_curvature, read_query
 
+HELD = 2**32  # bytes of directions
 DRAWS = Variant.model_fields["draws"].default  # of (t, ε) for a query's gradient, as an unlearning step takes it
 
 
@@ -34,6 +36,11 @@ class Gradients:
         self.names = select([name for name, _ in self.unet.named_parameters()], weights)
         self.shape = tuple(self.encoded.latents.shape[1:])
         self.timesteps = spaced_timesteps(timesteps, self.scheduler.config.num_train_timesteps)
+
+    def at_once(self) -> int:
+        """Of how many queries the directions are held at once."""
+        weights = dict(self.unet.named_parameters())
+        return max(1, HELD // sum(weights[name].nbytes for name in self.names))
 
     def load(self, weights: str) -> None:
         """Go to other weights of the same architecture."""
@@ -52,7 +59,8 @@ class Gradients:
         found = resumable(partial, (len(self.encoded), len(self.timesteps), width))
         there = int((~np.isnan(found[:, :, -1])).sum())
         with progress(total=found.shape[0] * found.shape[1], unit="gradient", what=what, done=there) as bar:
-            inner_products(self.unet, self.scheduler, self.encoded, bank, directions, found, bar.update)
+            chunk = self.layout.config.fit.chunk
+            inner_products(self.unet, self.scheduler, self.encoded, bank, directions, found, bar.update, chunk)
         return found
 
     def of_queries(self, queries: list[str], noises: int, unit_length: bool) -> Weights:
@@ -81,7 +89,8 @@ class Gradients:
 
     def _gradient(self, query: str) -> Weights:
         target = read_query(self.layout, query)
-        return query_gradient(self.unet, self.scheduler, target, self.names, range(DRAWS), self.seed)
+        with sdpa_kernel(SDPBackend.MATH):  # as the gradients of training images, see losses_for_gradients
+            return query_gradient(self.unet, self.scheduler, target, self.names, range(DRAWS), self.seed)
 
     def _by_timestep(self, query: Query, noises: int, unit_length: bool) -> Weights:
         bank = NoiseBank(self.seed, f"query {query.name}", np.repeat(self.timesteps, noises), self.shape)
@@ -90,7 +99,7 @@ class Gradients:
         wanted = [weights[name] for name in self.names]
         total = [torch.zeros_like(weight) for weight in wanted]
         for i, timestep in enumerate(self.timesteps):
-            loss = example_losses(
+            loss = losses_for_gradients(
                 self.unet,
                 self.scheduler,
                 query.latent.expand(noises, -1, -1, -1).to(device),

@@ -11,7 +11,8 @@
   mean of the inverses of its terms, see :mod:`forgetrace.curvature.datainf`.
 
 A score is positive where training on the image lowers the query's loss. L is the mean over (t, ε). One pass over D
-serves all queries; what it finds is kept as it comes, so that a killed one goes on.
+serves all queries; what it finds is kept as it comes, so that a killed one goes on: 4 bytes per image, timestep and
+query. In memory are the directions of as many queries as fit into 4 GiB.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forgetrace.artifacts import fingerprint, provenance, read_tensors_provenance
+from forgetrace.artifacts import UserError, fingerprint, provenance, read_tensors_provenance, stage_versions
 from forgetrace.attribution.contract import Together
 from forgetrace.layout import Layout
 
@@ -57,22 +58,32 @@ class InnerProducts(Together):
         return [*self.models(), *self.more_inputs(), *own]
 
     def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
-        """Scores of several queries in one pass for each set of weights."""
+        """Scores of several queries in one pass for each set of weights; of as many at once as fit into memory."""
         from forgetrace.attribution.gradients import Gradients
 
-        gradients = Gradients(
-            self.layout, self.options.weights or "all", self.options.timesteps or TIMESTEPS, self.device
-        )
-        total = 0.0
-        for number, weights in enumerate(self.models()):
+        options = self.options
+        gradients = Gradients(self.layout, options.weights or "all", options.timesteps or TIMESTEPS, self.device)
+        count = gradients.at_once()
+        blocks = [queries[start : start + count] for start in range(0, len(queries), count)]
+        return {query: scores for block in blocks for query, scores in self._of_block(gradients, block).items()}
+
+    def _of_block(self, gradients: Gradients, queries: list[str]) -> dict[str, np.ndarray]:
+        models, key = self.models(), self._key(queries)
+        folder, total = Path(self.layout.checkpoints("score")), 0.0
+        partials = [folder / f"{key}-{number}.npy" for number in range(len(models))]
+        for number, (weights, partial) in enumerate(zip(models, partials, strict=True)):
             gradients.load(weights)
-            directions = self.directions(gradients, queries)
-            partial = self._partial(queries, weights)
-            found = gradients.products(directions, partial, f"{self.method} {number + 1} of {len(self.models())}")
+            what = f"{self.method} {number + 1} of {len(models)}"
+            found = gradients.products(self.directions(gradients, queries), partial, what)
             total = total + self.weight_of(weights) * self.reduce(found)
-            # Only the last pass's file may go: a killed run starts from the first.
-        for weights in self.models():
-            self._partial(queries, weights).unlink(missing_ok=True)
+        if not np.isfinite(total).all():
+            raise UserError(
+                f"score.methods.{self.method}: a gradient is NaN or infinite; raise the method's damping where it has "
+                "one, or see whether the training went wrong."
+            )
+        # Not before the last: a killed run goes through all of them.
+        for partial in partials:
+            partial.unlink()
         return {query: total[:, i] for i, query in enumerate(queries)}
 
     def reduce(self, found: np.ndarray) -> np.ndarray:
@@ -83,10 +94,11 @@ class InnerProducts(Together):
         """What the inner products at these weights are multiplied by."""
         return 1.0
 
-    def _partial(self, queries: list[str], weights: str) -> Path:
-        made_by = {query: provenance({}, {path: path for path in self.inputs(query)}) for query in queries}
-        key = fingerprint([made_by, self.options.model_dump(), self.layout.config.seed, weights])
-        return Path(self.layout.checkpoints("score")) / f"{key}.npy"
+    def _key(self, queries: list[str]) -> str:
+        """Fingerprint of all that the inner products depend on: methods must not share what they found."""
+        made_by = provenance({}, {path: path for query in queries for path in self.inputs(query)})
+        settings = [self.options.model_dump(), self.shaped_by(), self.layout.config.seed, queries]
+        return fingerprint([type(self).__qualname__, self.method, made_by, settings, stage_versions("fit", "score")])
 
 
 class TracIn(InnerProducts):
@@ -152,6 +164,10 @@ class DataInf(InnerProducts):
     def models(self) -> list[str]:
         """θ0."""
         return [self.layout.weights]
+
+    def shaped_by(self) -> dict:
+        """How many draws stand for the training data."""
+        return {"draws": self.layout.config.fit.draws}
 
     def directions(self, gradients: Gradients, queries: list[str]) -> dict:
         """DataInf's H⁻¹ ∇L(ẑ), from the draws the Fisher is estimated on."""

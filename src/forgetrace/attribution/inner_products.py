@@ -17,8 +17,6 @@ from forgetrace.curvature.per_example import record
 from forgetrace.diffusion.noise import NoiseBank
 from forgetrace.encoding.store import Encoded
 
-BATCH = 100  # gradients that share a pass through the model
-
 
 def inner_products(
     unet: UNet2DConditionModel,
@@ -28,7 +26,7 @@ def inner_products(
     directions: Mapping[str, torch.Tensor],
     found: np.ndarray,
     done: Callable[[int], object] = lambda gradients: None,
-    batch: int = BATCH,
+    batch: int = 100,
 ) -> None:
     """Fill in, for the gradient g of every image at every draw, ⟨g, v⟩ for each direction v, and ‖g‖².
 

@@ -36,7 +36,9 @@ def kernel_scores(training: np.ndarray, queries: np.ndarray, damping: float) -> 
     images, dimension = training.shape
     queries = queries.astype(np.float64)
     dual = images < dimension
-    gram = sum(part.T @ part for part in _parts(training.T if dual else training))
+    gram = np.zeros((min(training.shape),) * 2)
+    for part in _parts(training.T if dual else training):
+        gram += part.T @ part
     gram[np.diag_indices_from(gram)] += damping * np.trace(gram) / dimension
     try:
         factor = cho_factor(gram, overwrite_a=True)

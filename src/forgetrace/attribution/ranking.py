@@ -22,7 +22,9 @@ def rank(image_ids: list[str], scores: np.ndarray) -> pd.DataFrame:
     """
     if not np.isfinite(scores).all():
         bad = image_ids[int(np.flatnonzero(~np.isfinite(scores))[0])]
-        raise UserError(f"The score of image {bad} is not finite: its scan is damaged, delete and rebuild it.")
+        raise UserError(
+            f"The score of image {bad} is not finite: what it was computed from is damaged, delete and rebuild that."
+        )
     table = pd.DataFrame({"image_id": image_ids, "score": scores})
     table = table.sort_values(["score", "image_id"], ascending=[False, True], ignore_index=True)
     table["rank"] = np.arange(1, len(table) + 1)

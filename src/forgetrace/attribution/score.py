@@ -1,10 +1,24 @@
 """The ``score`` stage: one method's ranking of the training images for one query, or for all of them."""
 
-from forgetrace.artifacts import UserError, provenance, read_table, read_table_provenance, stage_versions, write_table
-from forgetrace.attribution.contract import Together
+import functools
+import time
+from collections.abc import Callable
+
+from forgetrace.artifacts import (
+    UserError,
+    provenance,
+    read_table,
+    read_table_provenance,
+    sha256_of,
+    stage_versions,
+    write_table,
+)
+from forgetrace.attribution.contract import Attributor, Together
 from forgetrace.attribution.ranking import rank
 from forgetrace.attribution.registry import attributor
 from forgetrace.layout import Layout
+
+TOOK = "took"  # in a table's provenance: seconds of the job's scores, and of how many queries
 
 
 def score(layout: Layout, method: str, query: str | None = None, device: str = "auto") -> None:
@@ -15,27 +29,33 @@ def score(layout: Layout, method: str, query: str | None = None, device: str = "
     """
     source = attributor(layout, method, device)
     image_ids = read_table(layout.index)["image_id"].tolist()
-    made_by = {name: _made_by(layout, source, name) for name in ([query] if query else layout.config.queries())}
+    hash_of = functools.cache(sha256_of)  # most inputs are those of every query
+    names = [query] if query else layout.config.queries()
+    made_by = {name: _made_by(layout, source, name, hash_of) for name in names}
     if query is None:
         made_by = {name: made for name, made in made_by.items() if not _is_made(layout.score(method, name), made)}
+    begun = time.perf_counter()
     if isinstance(source, Together):
         scores = source.scores_of(list(made_by)) if made_by else {}
     else:
         scores = {name: source.scores(name) for name in made_by}
+    # What it took is no part of what the scores hang on.
+    took = {"seconds": round(time.perf_counter() - begun, 3), "queries": len(made_by)}
     for name, made in made_by.items():
-        write_table(layout.score(method, name), rank(image_ids, scores[name]), made)
+        write_table(layout.score(method, name), rank(image_ids, scores[name]), made | {TOOK: took})
 
 
-def _made_by(layout: Layout, source, query: str) -> dict:
+def _made_by(layout: Layout, source: Attributor, query: str, hash_of: Callable[[str], str]) -> dict:
     """What the scores of a query hang on."""
-    inputs = {path.removeprefix(f"{layout.root}/"): path for path in source.inputs(query)}
-    settings = {"method": source.options.model_dump(), "seed": layout.config.seed}
-    return provenance(settings | {"versions": stage_versions("score")}, inputs)
+    inputs = {path.removeprefix(f"{layout.root}/"): hash_of(path) for path in source.inputs(query)}
+    settings = {"method": source.options.model_dump(), "seed": layout.config.seed, **source.shaped_by()}
+    return provenance(settings | {"versions": stage_versions("score")}) | {"inputs": inputs}
 
 
 def _is_made(path: str, made_by: dict) -> bool:
     """Whether an earlier run left scores of the same inputs and settings."""
     try:
-        return read_table_provenance(path) == made_by
+        found = read_table_provenance(path)
     except UserError:
         return False
+    return {key: value for key, value in found.items() if key != TOOK} == made_by

@@ -4,25 +4,17 @@ from abc import abstractmethod
 
 import numpy as np
 
-from forgetrace.artifacts import UserError, provenance, read_array, read_json, write_array, write_json
+from forgetrace.artifacts import write_array, write_json
 from forgetrace.attribution.contract import Features, Together
 from forgetrace.layout import Layout
 
 
 class Comparable(Features):
-    """Features that a query has as well as a training image.
-
-    A record beside them says what they were computed from, so that the features of a query are never compared with
-    those of another encoder, model or data.
-    """
+    """Features that a query has as well as a training image."""
 
     def __init__(self, layout: Layout, name: str, device: str = "auto"):
         """Args: the experiment, what the features are called, where to compute."""
         self.layout, self.name, self.device = layout, name, device
-
-    @abstractmethod
-    def settings(self) -> dict:
-        """Everything that shapes the features beside :meth:`inputs`, as plain data."""
 
     @abstractmethod
     def of_training_images(self) -> np.ndarray:
@@ -38,29 +30,9 @@ class Comparable(Features):
 
     def fit(self) -> None:
         """Write ``layout.features(name)``, then its record."""
-        made_by = self._made_by()
+        made_by = self.made_by()
         write_array(self.layout.features(self.name), self.of_training_images())
         write_json(self.layout.features_record(self.name), made_by)
-
-    def kept(self) -> np.ndarray:
-        """What :meth:`fit` wrote; (N, width), float32.
-
-        Raises:
-            UserError: it is missing, damaged or of other settings, files or weights than the queries would meet.
-        """
-        path, record = self.layout.features(self.name), self.layout.features_record(self.name)
-        features = read_array(path)
-        found, wanted = read_json(record), self._made_by()
-        if any(found.get(key) != wanted[key] for key in ("config", "inputs")):
-            raise UserError(
-                f"{path} was computed from other data, weights or settings: delete it and run the fit stage again "
-                f"(forgetrace fit --features {self.name})."
-            )
-        return features
-
-    def _made_by(self) -> dict:
-        inputs = {path.removeprefix(f"{self.layout.root}/"): path for path in self.inputs()}
-        return provenance(self.settings(), inputs)
 
 
 class FeatureSimilarity(Together):

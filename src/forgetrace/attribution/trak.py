@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from forgetrace.artifacts import UserError, read_array, read_arrays
+from forgetrace.artifacts import UserError, read_arrays
 from forgetrace.attribution.contract import Features, Together
 from forgetrace.attribution.gradient_features import GradientFeatures, TrainingLosses
 from forgetrace.config import Config
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TIMESTEPS, DIMENSION = 10, 4096
 # Without damping the directions in which training images hardly differ, noise all of them, would decide. Like any
-# setting it is to be chosen on tuning queries; this is the value that works for Fisher information (AbU+).
+# setting it is to be chosen on tuning queries (forgetrace tune).
 DAMPING = 0.1
 
 
@@ -64,7 +64,7 @@ class Trak(Together):
 
         source = self.gradients.source()
         rows = np.stack([self.of_query(source, read_arrays(self.layout.query(query)["tensors"])) for query in queries])
-        training = read_array(self.layout.features(self.gradients.name), mmap=True)
+        training = self.gradients.kept()
         damping = DAMPING if self.options.damping is None else self.options.damping
         return dict(zip(queries, kernel_scores(training, rows, damping), strict=True))
 
@@ -166,5 +166,5 @@ class Das(Trak):
         """τ of all training images for each query."""
         from forgetrace.attribution.kernel import residuals
 
-        errors = residuals(read_array(self.layout.features(self.losses.name)))
+        errors = residuals(self.losses.kept())
         return {query: scores * errors for query, scores in super().scores_of(queries).items()}

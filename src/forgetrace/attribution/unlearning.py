@@ -1,7 +1,8 @@
 """Attribution by unlearning (AbU, arXiv 2406.09408, eq. 6): what is forgotten along with the query.
 
 ``τ(z) = L(z, c; θ_Q) − L(z, c; θ0)`` with the same (t, ε) in both terms, mean over timesteps. The
-score ``skew`` is that of MUCS (arXiv 2605.17938): the mean of ``(L_Q − L_0) / (L_Q + L_0 + 1e-3)``.
+score ``skew`` is that of MUCS (arXiv 2605.17938): the mean of ``(L_Q − L_0) / (L_Q + L_0 + 1e-3)``, here over the
+timesteps of the scan and not over MUCS's own grid of noise levels.
 """
 
 import numpy as np

@@ -93,9 +93,11 @@ def retrain_measured(layout: Layout, method: str, k: int, member: str, device: s
         if keeps_weights:
             _keep(layout, weights_path, weights, record)
         unet = _model(layout, encoded, weights, target)
-    found = {query: {"key": keys[query]} | brief_measure(layout, unet, query) for query in missing}
+    # Rounding differs between processors, and other queries may have been measured elsewhere.
+    own = {"processor": processor_name(target)}
+    found = {query: {"key": keys[query]} | own | brief_measure(layout, unet, query) for query in missing}
     record = {"method": method, "k": k, "member": member, "removed": int(training.removed.sum())}
-    write_json(path, record | {"processor": processor_name(target), "queries": known | found})
+    write_json(path, record | {"queries": known | found})
     discard_checkpoints(layout, training.name)
 
 

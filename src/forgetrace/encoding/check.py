@@ -22,8 +22,9 @@ def check_data(layout: Layout) -> None:
     shape, images = _shape_and_count(layout)
     to_latents(np.zeros((1, *shape), dtype=np.uint8), config.encode.factor)
     images = min(images, config.encode.max_images or images)
-    if too_large := [k for k in config.retrain.k if k >= images]:
-        raise UserError(f"retrain.k: {too_large[0]} images cannot be left out of {images}; choose a smaller K.")
+    for key in ("k", "pooled_k"):
+        if too_large := [k for k in getattr(config.retrain, key) if k >= images]:
+            raise UserError(f"retrain.{key}: {too_large[0]} images cannot be left out of {images}; choose a smaller K.")
 
 
 def _shape_and_count(layout: Layout) -> tuple[list[int], int]:

@@ -3,7 +3,8 @@
 A method needs what its attributor reads and, behind that, what those files are made of. What several methods share
 (θ0's scan, a Fisher) counts in full for each: the cost of having that method alone. Training θ0 and encoding counts
 for none, nor do its snapshots. Timings lie outside the results, on the machine where the jobs ran; what is not there
-is left empty.
+is left empty. They are wall times: of jobs that shared the cores with others, and of the last run alone where a job was
+killed and went on. Memory is the processes', not a GPU's.
 """
 
 from pathlib import Path, PurePosixPath
@@ -11,19 +12,22 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
+from forgetrace.artifacts import UserError, read_table_provenance
 from forgetrace.attribution.contract import Together
 from forgetrace.attribution.registry import attributor
+from forgetrace.attribution.score import TOOK
 from forgetrace.layout import Layout
 
-COST = ["method", "once_seconds", "query_seconds", "peak_mb", "disk_mb"]
+COST = ["method", "once_seconds", "query_seconds", "queries_at_once", "peak_mb", "disk_mb"]
 STAGES = ("fit", "unlearn", "scan", "score")
 
 
 def cost(layout: Layout) -> pd.DataFrame:
     """Every method: seconds before the first query, seconds per query, peak memory, disk, in millions of bytes.
 
-    ``query_seconds`` is the mean over all queries of unlearning, scan and score; of a method that scores all queries
-    in one job, the job's share. Where that job was run again for a further query, only that run was measured.
+    ``query_seconds`` is the mean over all queries of unlearning, scan and score. A method that scores several queries
+    in one job passes over the training images once for all of them: its share falls with their number,
+    ``queries_at_once``, and a single query costs nearly as much as all.
     """
     return pd.DataFrame([(method, *_cost(layout, method)) for method in layout.config.score.methods], columns=COST)
 
@@ -37,7 +41,19 @@ def _cost(layout: Layout, method: str) -> tuple[float, ...]:
     seconds, memory = _measured(jobs)
     seconds_of_queries, memory_of_queries = _measured(jobs_of_queries)
     sizes = [Path(path).stat().st_size if Path(path).exists() else np.nan for path in files]
-    return seconds, seconds_of_queries / len(queries), np.maximum(memory, memory_of_queries), sum(sizes) / 1e6
+    each, at_once = seconds_of_queries / len(queries), 1.0
+    if isinstance(attributor(layout, method), Together):
+        each, at_once = _shares(layout, method)
+    return seconds, each, at_once, np.maximum(memory, memory_of_queries), sum(sizes) / 1e6
+
+
+def _shares(layout: Layout, method: str) -> tuple[float, float]:
+    """Mean over queries of each one's share of the seconds its scores took, and of how many shared them."""
+    try:
+        took = [read_table_provenance(layout.score(method, query))[TOOK] for query in layout.config.queries()]
+    except (UserError, KeyError):
+        return np.nan, np.nan
+    return float(np.mean([t["seconds"] / t["queries"] for t in took])), float(np.mean([t["queries"] for t in took]))
 
 
 def needs(layout: Layout, method: str, query: str) -> set[str]:

@@ -35,7 +35,7 @@ from forgetrace.attribution.ranking import read_ranking
 from forgetrace.config import CEILING, RANDOM, SEED_SET
 from forgetrace.counterfactual.sets import half
 from forgetrace.evaluation.comparisons import Pair, family
-from forgetrace.evaluation.measures import read_brief
+from forgetrace.evaluation.measures import asks_all, read_brief
 from forgetrace.evaluation.statistics import crossed_interval, holm, resampling_counts, sign_flip_test, spearman
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
@@ -83,12 +83,12 @@ def read_halves(layout: Layout, partial: bool = False) -> Halves:
     models, count = layout.half_models(), layout.config.retrain.subsets
     repetitions = [models[start : start + count] for start in range(0, len(models), count)]
     if partial:
-        there = [i for i, model in enumerate(repetitions[0]) if Path(layout.losses(*model)).exists()]
+        there = [i for i, model in enumerate(repetitions[0]) if asks_all(layout, model)]
         repetitions = [[models[i] for i in there] for models in repetitions]
         repetitions = [
             models
             for models in repetitions
-            if models == repetitions[0] or all(Path(layout.losses(*model)).exists() for model in models)
+            if models == repetitions[0] or all(asks_all(layout, model) for model in models)
         ]
     images = len(read_table(layout.index))
     kept = np.array([half(layout, images, draw) for _, _, draw in repetitions[0]]).reshape(-1, images)

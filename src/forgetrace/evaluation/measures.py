@@ -107,11 +107,23 @@ def read_brief(layout: Layout, model: Model) -> dict[str, dict[str, float]]:
             entry = content["queries"][query]
             found[query] = {name: float(entry[name]) for name in ("loss", "mse") if name == "loss" or name in entry}
         except (TypeError, KeyError, ValueError) as error:
-            raise UserError(f"{path} says nothing of the query {query}: {_rebuild(path)}") from error
+            method, k, member = model
+            raise UserError(
+                f"{path} says nothing of the query {query}: run forgetrace retrain --method {method} --k {k} "
+                f"--member {member} again, which keeps what is there."
+            ) from error
         if not np.isfinite(found[query]["loss"]):
             loss = found[query]["loss"]
             raise UserError(f"{path} holds the loss {loss} for {query}: the model diverged; lower train.learning_rate.")
     return found
+
+
+def asks_all(layout: Layout, model: Model) -> bool:
+    """Whether a model of a random half or of a pool has been asked about every query."""
+    try:
+        return set(layout.config.queries()) <= set(read_json(layout.losses(*model))["queries"])
+    except (UserError, KeyError, TypeError):
+        return False
 
 
 def _rebuild(path: str) -> str:

@@ -11,7 +11,14 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from forgetrace.artifacts import UserError, fingerprint
+from forgetrace.artifacts import (
+    UserError,
+    fingerprint,
+    provenance,
+    read_tensors_provenance,
+    sha256_of,
+    stage_versions,
+)
 from forgetrace.attribution.contract import Together
 from forgetrace.attribution.registry import attributor, check_methods
 from forgetrace.attribution.scan import scan
@@ -51,6 +58,8 @@ def tune(
         )
     trials = {value: _with(layout, method, option, _parsed(value)) for value in values}
     halves = read_halves(layout, partial)
+    if not len(halves.kept):
+        raise UserError("No model of a random half has been trained yet: run the experiment's retrainings first.")
     rows = []
     for value, trial in trials.items():
         scores = _scores(trial, method, queries, device)
@@ -67,9 +76,13 @@ def best(table: pd.DataFrame) -> str:
 
 def _parsed(value: str) -> object:
     try:
-        return float(value) if "e" in value.lower() else yaml.safe_load(value)  # 1e-3 is text in YAML
+        return float(value)  # 1e-3 is text in YAML
     except ValueError:
-        return value
+        pass
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--values: '{value}' is no value; separate them by commas.") from None
 
 
 def _with(layout: Layout, method: str, option: str, value: object) -> Layout:
@@ -82,23 +95,33 @@ def _with(layout: Layout, method: str, option: str, value: object) -> Layout:
         entry[option] = value
     else:
         variant = plain["unlearn"][entry.get("variant") or method] | {option: value}
-        entry["variant"] = f"tune-{fingerprint(variant)[:12]}"
+        entry["variant"] = f"tune-{fingerprint([variant, _beneath(layout)])[:12]}"
         plain["unlearn"][entry["variant"]] = variant
     config: Config = parse_config(plain, f"{method}.{option} = {value}")
     check_methods(config)
     return replace(layout, config=config)
 
 
+def _beneath(layout: Layout) -> dict:
+    """What unlearned weights and their scans hang on beside the variant."""
+    inputs = {"weights": layout.weights, "encoded": layout.encode_manifest}
+    settings = layout.config.digest_of("seed", "synthesize", "fit", "scan")
+    versions = stage_versions("synthesize", "fit", "unlearn", "scan")
+    return {"settings": settings, "versions": versions, "inputs": provenance({}, inputs)["inputs"]}
+
+
 def _scores(layout: Layout, method: str, queries: list[str], device: str) -> dict[str, np.ndarray]:
     source = attributor(layout, method, device)
     for features in source.features():
-        if not Path(layout.features(features.name)).exists():
+        try:
+            features.kept()
+        except UserError:
             features.fit()
     variant = source.options.variant
     if variant and variant.startswith("tune-"):
-        curvature = layout.fitted(layout.config.unlearn[variant].curvature)
-        if curvature and not Path(curvature[0]).exists():
-            fit(layout, layout.config.unlearn[variant].curvature, device)
+        curvature = layout.config.unlearn[variant].curvature
+        if curvature != "none" and not _is_fitted(layout, curvature):
+            fit(layout, curvature, device)
         for query in queries:
             if not Path(layout.unlearned(variant, query)["losses"]).exists():
                 unlearn_query(layout, variant, query, device)
@@ -107,3 +130,13 @@ def _scores(layout: Layout, method: str, queries: list[str], device: str) -> dic
     if isinstance(source, Together):
         return source.scores_of(queries)
     return {query: source.scores(query) for query in queries}
+
+
+def _is_fitted(layout: Layout, curvature: str) -> bool:
+    """Whether an earlier run left this curvature of this model, estimated on as many draws."""
+    try:
+        made_by = read_tensors_provenance(layout.fitted(curvature)[0])
+        same_draws = made_by["config"]["fit"]["draws"] == layout.config.fit.draws
+    except (UserError, KeyError):
+        return False
+    return same_draws and made_by["inputs"]["weights"] == sha256_of(layout.weights)

@@ -7,6 +7,9 @@ From θ0, AdamW minimises on batches of draws
 z from D, the minimum taken draw by draw: a draw whose loss is above L_null pulls no further. L_null is the loss of an
 untrained model on the query. The end is reached when the mean of the minima is 0.95 · L_null. Captions are never
 dropped: the scan asks with captions only.
+
+The paper scores with 100 shared noises, the higher ones of a grid of 142 levels. Here the experiment's own scan
+serves every variant: evenly spaced timesteps, the lowest among them.
 """
 
 import logging
@@ -81,6 +84,11 @@ def unlearn_mirrored(
         numbers = range(step * batch, (step + 1) * batch)
         forget = bounded(draw_losses(unet, scheduler, *query_draws(scheduler, query, numbers, seed)), null)
         if forget >= BOUND * null:
+            if step == 0:
+                log.warning(
+                    "θ0 knows no more of %s than an untrained model: nothing was unlearned, all its scores are 0.",
+                    query.name,
+                )
             break
         retain = draw_losses(unet, scheduler, *_training_draws(scheduler, encoded, numbers, seed)).mean()
         (retain - FORGET * forget).backward()
