@@ -107,6 +107,10 @@ class Attributor(ABC):
     def scores(self, query: str) -> np.ndarray:
         """Influence scores of the N training images in index order, float64, larger = more."""
 
+    def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
+        """:meth:`scores` of several queries, of which those of one do not depend on the others."""
+        return {query: self.scores(query) for query in queries}
+
 
 class Together(Attributor):
     """A method for which many queries cost little more than one: a single job scores all that are missing."""

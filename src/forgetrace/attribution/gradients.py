@@ -4,13 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgetrace.attribution.inner_products import inner_products
 from forgetrace.attribution.resumable import resumable
 from forgetrace.config import Variant
 from forgetrace.curvature.datainf import datainf
-from forgetrace.curvature.draws import losses_for_gradients
+from forgetrace.curvature.draws import attention_for_gradients, losses_for_gradients
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet, load_weights
 from forgetrace.diffusion.noise import NoiseBank, spaced_timesteps
@@ -89,12 +88,12 @@ class Gradients:
 
     def _gradient(self, query: str) -> Weights:
         target = read_query(self.layout, query)
-        with sdpa_kernel(SDPBackend.MATH):  # as the gradients of training images, see losses_for_gradients
+        with attention_for_gradients():  # as the gradients of training images
             return query_gradient(self.unet, self.scheduler, target, self.names, range(DRAWS), self.seed)
 
     def _by_timestep(self, query: Query, noises: int, unit_length: bool) -> Weights:
         bank = NoiseBank(self.seed, f"query {query.name}", np.repeat(self.timesteps, noises), self.shape)
-        noise, device = torch.from_numpy(bank.draws()), next(self.unet.parameters()).device
+        noise = bank.draws()
         weights = {name: weight.requires_grad_(name in self.names) for name, weight in self.unet.named_parameters()}
         wanted = [weights[name] for name in self.names]
         total = [torch.zeros_like(weight) for weight in wanted]
@@ -102,10 +101,10 @@ class Gradients:
             loss = losses_for_gradients(
                 self.unet,
                 self.scheduler,
-                query.latent.expand(noises, -1, -1, -1).to(device),
-                query.prompt.expand(noises, -1, -1).to(device),
-                torch.full((noises,), int(timestep), device=device),
-                noise[i * noises : (i + 1) * noises].to(device),
+                query.latent.expand(noises, -1, -1, -1),
+                query.prompt.expand(noises, -1, -1),
+                np.full(noises, timestep),
+                noise[i * noises : (i + 1) * noises],
             ).mean()
             gradients = torch.autograd.grad(loss, wanted)
             norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt() if unit_length else 1

@@ -46,7 +46,7 @@ def inner_products(
     missing = np.argwhere(np.isnan(found[:, :, -1]))
     for start in range(0, len(missing), batch):
         rows, draws = missing[start : start + batch].T
-        losses = _losses_of(unet, scheduler, encoded, bank, rows, draws, device)
+        losses = _losses_of(unet, scheduler, encoded, bank, rows, draws)
         found[rows, draws] = products(unet, losses, flat).cpu().numpy()
         done(len(rows))
 
@@ -70,9 +70,9 @@ def products(
     return result
 
 
-def _losses_of(unet, scheduler, encoded: Encoded, bank: NoiseBank, rows: np.ndarray, draws: np.ndarray, device):
+def _losses_of(unet, scheduler, encoded: Encoded, bank: NoiseBank, rows: np.ndarray, draws: np.ndarray):
     """A function that computes the losses of the given (image, draw) pairs."""
     captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
     noise = bank.of([encoded.image_ids[row] for row in rows], draws[:, None])
-    examples = encoded.batch(rows), captions, torch.from_numpy(bank.timesteps[draws]), torch.from_numpy(noise)
-    return functools.partial(losses_for_gradients, unet, scheduler, *(tensor.to(device) for tensor in examples))
+    examples = encoded.batch(rows), captions, bank.timesteps[draws], noise
+    return functools.partial(losses_for_gradients, unet, scheduler, *examples)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgetrace.attribution.projection import project
+from forgetrace.curvature.draws import attention_for_gradients
 from forgetrace.curvature.per_example import per_example_gradients
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.loss import predicted
@@ -94,8 +94,7 @@ class OutputGradients:
         count = len(examples.timesteps)
 
         def outputs() -> torch.Tensor:
-            # Where attention is saturated, its gradients are small differences that the fused kernels lose.
-            with sdpa_kernel(SDPBackend.MATH):
+            with attention_for_gradients():
                 prediction, target = predicted(self.unet, self.scheduler, *examples)
             return OUTPUTS[self.output](prediction, target).flatten(1).mean(dim=1)
 

@@ -13,7 +13,7 @@ from forgetrace.artifacts import (
     stage_versions,
     write_table,
 )
-from forgetrace.attribution.contract import Attributor, Together
+from forgetrace.attribution.contract import Attributor
 from forgetrace.attribution.ranking import rank
 from forgetrace.attribution.registry import attributor
 from forgetrace.layout import Layout
@@ -34,11 +34,10 @@ def score(layout: Layout, method: str, query: str | None = None, device: str = "
     made_by = {name: _made_by(layout, source, name, hash_of) for name in names}
     if query is None:
         made_by = {name: made for name, made in made_by.items() if not _is_made(layout.score(method, name), made)}
+    if not made_by:
+        return
     begun = time.perf_counter()
-    if isinstance(source, Together):
-        scores = source.scores_of(list(made_by)) if made_by else {}
-    else:
-        scores = {name: source.scores(name) for name in made_by}
+    scores = source.scores_of(list(made_by))
     # What it took is no part of what the scores hang on.
     took = {"seconds": round(time.perf_counter() - begun, 3), "queries": len(made_by)}
     for name, made in made_by.items():

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from forgetrace.diffusion.loss import example_losses
+from forgetrace.diffusion.loss import draw_losses
 from forgetrace.diffusion.noise import monte_carlo
 from forgetrace.encoding.store import Encoded
 from forgetrace.progress import progress
@@ -40,28 +40,33 @@ def losses_of_draws(
     Yields:
         A function without arguments that returns the losses, (at most chunk,).
     """
-    device = next(unet.parameters()).device
     with progress(total=draws, unit="draw", what=what) as bar:
         for start in range(0, draws, chunk):
             numbers = range(start, min(start + chunk, draws))
-            yield functools.partial(
-                losses_for_gradients, unet, scheduler, *_draw(encoded, scheduler, numbers, seed, device)
-            )
+            examples = training_draws(scheduler, encoded, numbers, seed, PURPOSE)
+            yield functools.partial(losses_for_gradients, unet, scheduler, *examples)
             bar.update(len(numbers))
 
 
-def _draw(encoded: Encoded, scheduler: DDPMScheduler, numbers: range, seed: int, device: torch.device):
-    """The numbered draws: latents, token states, timesteps and noise."""
-    rows = np.array([int(generator(seed, PURPOSE, "image", i).integers(len(encoded))) for i in numbers])
+def training_draws(scheduler: DDPMScheduler, encoded: Encoded, numbers: range, seed: int, purpose: str):
+    """The numbered draws from D, each a function of the seed, the purpose and its own number.
+
+    Returns:
+        Latents, token states, timesteps and noise, as :func:`forgetrace.diffusion.loss.draw_losses` takes them.
+    """
+    rows = np.array([int(generator(seed, purpose, "image", i).integers(len(encoded))) for i in numbers])
     length, shape = scheduler.config.num_train_timesteps, tuple(encoded.latents.shape[1:])
-    timesteps, noise = monte_carlo(seed, PURPOSE, numbers, length, shape)
+    timesteps, noise = monte_carlo(seed, purpose, numbers, length, shape)
     captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
-    examples = encoded.batch(rows), captions, torch.from_numpy(timesteps), torch.from_numpy(noise)
-    return tuple(tensor.to(device) for tensor in examples)
+    return encoded.batch(rows), captions, timesteps, noise
 
 
 def losses_for_gradients(*arguments) -> torch.Tensor:
-    """:func:`forgetrace.diffusion.loss.example_losses` for a backward pass that tells the examples apart."""
-    # Where attention is saturated, its gradients are small differences that the fused kernels lose.
-    with sdpa_kernel(SDPBackend.MATH):
-        return example_losses(*arguments)
+    """:func:`forgetrace.diffusion.loss.draw_losses` for a backward pass that tells the examples apart."""
+    with attention_for_gradients():
+        return draw_losses(*arguments)
+
+
+def attention_for_gradients():
+    """A context: where attention is saturated, its gradients are small differences that the fused kernels lose."""
+    return sdpa_kernel(SDPBackend.MATH)

@@ -19,7 +19,6 @@ from forgetrace.artifacts import (
     sha256_of,
     stage_versions,
 )
-from forgetrace.attribution.contract import Together
 from forgetrace.attribution.registry import attributor, check_methods
 from forgetrace.attribution.scan import scan
 from forgetrace.config import Config, parse_config
@@ -127,9 +126,7 @@ def _scores(layout: Layout, method: str, queries: list[str], device: str) -> dic
                 unlearn_query(layout, variant, query, device)
             if not Path(layout.scan(variant, query)).exists():
                 scan(layout, variant, query, device)
-    if isinstance(source, Together):
-        return source.scores_of(queries)
-    return {query: source.scores(query) for query in queries}
+    return source.scores_of(queries)
 
 
 def _is_fitted(layout: Layout, curvature: str) -> bool:

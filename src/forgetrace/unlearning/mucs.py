@@ -14,16 +14,14 @@ serves every variant: evenly spaced timesteps, the lowest among them.
 
 import logging
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from forgetrace.config import Train
+from forgetrace.curvature.draws import training_draws
 from forgetrace.diffusion.loss import draw_losses
 from forgetrace.diffusion.model import build_unet, frozen
-from forgetrace.diffusion.noise import monte_carlo
 from forgetrace.encoding.store import Encoded
-from forgetrace.randomness import generator
 from forgetrace.unlearning.step import Query, Weights, current, query_draws, query_loss
 
 FORGET, BOUND, DECAY = 0.2, 0.95, 0.01
@@ -90,7 +88,7 @@ def unlearn_mirrored(
                     query.name,
                 )
             break
-        retain = draw_losses(unet, scheduler, *_training_draws(scheduler, encoded, numbers, seed)).mean()
+        retain = draw_losses(unet, scheduler, *training_draws(scheduler, encoded, numbers, seed, PURPOSE)).mean()
         (retain - FORGET * forget).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -111,11 +109,3 @@ def unlearn_mirrored(
 def bounded(losses: torch.Tensor, null: float) -> torch.Tensor:
     """Mean of min(L, L_null) over draws (B,), each bounded by itself: those above L_null have no gradient."""
     return losses.clamp(max=null).mean()
-
-
-def _training_draws(scheduler: DDPMScheduler, encoded: Encoded, numbers: range, seed: int):
-    """The numbered draws from D, the same for every query: latents, token states, timesteps, noise."""
-    rows = np.array([int(generator(seed, PURPOSE, "image", i).integers(len(encoded))) for i in numbers])
-    length, shape = scheduler.config.num_train_timesteps, tuple(encoded.latents.shape[1:])
-    captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
-    return encoded.batch(rows), captions, *monte_carlo(seed, PURPOSE, numbers, length, shape)
