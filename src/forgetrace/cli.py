@@ -122,13 +122,23 @@ def fit(
 def unlearn(
     config: ConfigPath,
     variant: Annotated[str, typer.Option(help="A variant of the config's section unlearn.")],
-    query: QueryName,
+    query: Annotated[
+        str | None,
+        typer.Option(help="Query to forget; without it, those forgotten and other images are generated again."),
+    ] = None,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
-    """Make the model forget one query."""
+    """Make the model forget one query; show what it then makes of all of them and of other images."""
     layout = _experiment(config, query)
     _use(threads)
+    if query is None:
+        if not layout.config.evaluate.others:
+            raise UserError("Give --query, or set evaluate.others to see what forgetting changes.")
+        from forgetrace.unlearning.quality import regenerate_unlearned
+
+        regenerate_unlearned(layout, _variant(layout, variant), device)
+        return
     from forgetrace.unlearning.variants import unlearn_query
 
     unlearn_query(layout, _variant(layout, variant), query, device)
@@ -258,7 +268,9 @@ def evaluate(
 @app.command()
 def figures(
     config: ConfigPath,
-    name: Annotated[str, typer.Option(help="training, delta, lds, attribution-<query> or counterfactual-<query>.")],
+    name: Annotated[
+        str, typer.Option(help="training, delta, lds, unlearning, attribution-<query> or counterfactual-<query>.")
+    ],
 ) -> None:
     """Draw one figure as PNG and PDF."""
     layout = _experiment(config)

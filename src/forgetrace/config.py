@@ -352,6 +352,13 @@ class Evaluate(Section):
         "efficientnet-lite0", description="Image encoder of the similarity column."
     )
     bootstrap: Positive = Field(10000, description="Bootstrap resamples of every interval.")
+    others: int = Field(
+        0,
+        ge=0,
+        description="Images of other prompts that are generated again with a query unlearned, to see whether "
+        "forgetting it spares them (AbU: 99; 0: not done).",
+        exclude_if=_unused,
+    )
 
 
 class Figures(Section):
@@ -403,6 +410,8 @@ class Config(Section):
         if narrowing and (missing := [k for k in self.retrain.k if k not in narrowing.tops]):
             raise ValueError(f"scan.narrowing.tops: {missing[0]} of retrain.k is not among them")
         names = self.queries()
+        if self.evaluate.others and not (self.unlearn and self.forgotten_queries()):
+            raise ValueError("evaluate.others: there is no unlearning variant, or no generated query, to look at")
         if (self.retrain.queries or 0) > len(names):
             raise ValueError(f"retrain.queries: the experiment has only {len(names)}")
         if self.retrain.pools > len(self.judged_queries()):
@@ -442,6 +451,10 @@ class Config(Section):
     def reported_queries(self) -> list[str]:
         """Names of the queries of the report pool, on which methods are compared; of all where there are none."""
         return [query for query in self.queries() if self.origin(query) == "report"] or self.queries()
+
+    def forgotten_queries(self) -> list[str]:
+        """Names of the reported queries that are generated again after unlearning; a user's image cannot be."""
+        return [query for query in self.reported_queries() if not self.image_query(query)]
 
     def image_query(self, name: str) -> ImageQuery | None:
         """The user's image behind a query, or None where the query is drawn from a pool."""

@@ -185,6 +185,10 @@ class Layout:
         stem = f"{self.root}/unlearn/{variant}/{query}"
         return {"weights": f"{stem}.safetensors", "losses": f"{stem}.json"}
 
+    def regenerated(self, variant: str) -> str:
+        """Images (uint8) before and after unlearning: the forgotten queries and, beside each, the same others."""
+        return f"{self.root}/unlearn/{variant}.npz"
+
     @property
     def base_scan(self) -> str:
         """Loss of every training image and timestep under θ0."""
@@ -258,6 +262,7 @@ class Layout:
         names = ["per_query", "counterfactual", "comparisons"]
         names += ["lds", "lds_per_query"] if retrain.subsets else []
         names += ["pooled"] if retrain.pools else []
+        names += ["unlearning"] if self.config.evaluate.others else []
         return names + (["agreement", "cost"] if retrain.subsets or retrain.pools else [])
 
     def table(self, name: str) -> str:
@@ -285,6 +290,8 @@ class Layout:
         files |= {self.table(name) for name in self.tables()}
         for model in self.half_models() + self.pooled_models():
             files |= {self.losses(*model), self.retrained(*model)}
+        if config.evaluate.others:
+            files |= {self.regenerated(variant) for variant in config.unlearn}
         for query in queries:
             files |= set(self.query(query).values())
             files |= {self.score(method, query) for method in config.score.methods}

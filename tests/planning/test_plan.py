@@ -41,7 +41,12 @@ BY_HAND = {
         "synthesize": (2, 0, 2 * 5),
         "fit": (1, 0, 200),
         # MUCS has steps of 16 draws of the query and 16 of images, and an untrained model's loss.
-        "unlearn": (4 * 2, 0, 2 * (64 + 64 + 2 * 16 + 2 * 2 * 16 + 1000) + 8 * 2 * (1000 + 4 * 256)),
+        # Each variant generates 2 queries and 2 others before, and 1 + 2 images for each query afterwards.
+        "unlearn": (
+            4 * 2 + 4,
+            0,
+            2 * (64 + 64 + 2 * 16 + 2 * 2 * 16 + 1000) + 8 * 2 * (1000 + 4 * 256) + 4 * (2 + 2 + 2 * 3) * 5,
+        ),
         "scan": (1 + 4 * 2, 0, 9 * 300 * 4),
         "score": (8 * 2 + 3, 0, 0),  # three methods score all queries in one job
         # Besides those of the queries: 2 halves twice, a pool of each method; asked about both queries.

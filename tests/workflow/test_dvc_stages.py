@@ -11,6 +11,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages
 STAGE_OF = {
     "fit_ekfac": "fit",
     "fit_features": "fit",
+    "regenerate_unlearned": "unlearn",
     "scan_base": "scan",
     "score_together": "score",
     "retrain_shared": "retrain",
@@ -24,6 +25,7 @@ STAGE_OF = {
     "figure_counterfactual": "figures",
     "figure_delta": "figures",
     "figure_lds": "figures",
+    "figure_unlearning": "figures",
 }
 
 

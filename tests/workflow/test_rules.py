@@ -87,9 +87,10 @@ def test_a_variant_waits_for_the_curvature_it_steps_by(checkout):
     ekfac, diagonal = (next(job for job in jobs if job.startswith(f"{rule}:")) for rule in ("fit_ekfac", "fit"))
     assert "forgetrace fit --config ekfac.yaml --curvature ekfac --threads 1" in ekfac
     assert "--curvature" not in diagonal
-    read = {job.partition("output:")[0].count("fit/ekfac.safetensors") for job in jobs if "variant=unlearn-sgd" in job}
+    steps = [job for job in jobs if job.startswith("unlearn:")]
+    read = {job.partition("output:")[0].count("fit/ekfac.safetensors") for job in steps if "variant=unlearn-sgd" in job}
     assert read == {1}
-    read = {job.partition("output:")[0] for job in jobs if "variant=unlearn," in job and job.startswith("unlearn:")}
+    read = {job.partition("output:")[0] for job in steps if "variant=unlearn," in job}
     assert read
     assert all("fit/fisher.safetensors" in files and "ekfac.s" not in files for files in read)
     assert "ekfac" not in checkout("snakemake", "-n", "--configfile", "config/smoke.yaml").stdout
@@ -100,12 +101,14 @@ def test_tables_are_made_of_what_the_config_asks_for(checkout):
     for leave_out, missing in (
         ("  subsets: 2\n  subset_seeds: 2\n", "lds"),
         ("  pools: 1\n  pooled_k: [10]\n", "pooled"),
+        ("  others: 2\n", "unlearning"),
     ):
         assert leave_out in config
         (checkout.folder / "less.yaml").write_text(config.replace(leave_out, ""))
         planned = checkout("snakemake", "-n", "all_evaluate", "--configfile", "less.yaml").stdout
         outputs = next(job for job in planned.split("rule ") if job.startswith("evaluate:")).partition("output:")[2]
-        tables = {"counterfactual", "comparisons", "per_query", "agreement", "cost", "lds", "lds_per_query", "pooled"}
+        tables = {"counterfactual", "comparisons", "per_query", "agreement", "cost", "unlearning"}
+        tables |= {"lds", "lds_per_query", "pooled"}
         left = {name for name in tables if not name.startswith(missing)}
         assert {name for name in tables if f"evaluate/{name}.csv" in outputs.partition("log:")[0]} == left
 

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.slow
 
 REPRODUCE = ("make", "-o", "environment", "reproduce")  # in the environment of the tests instead of one of its own
 AFTER_UNLEARN = {
-    "unlearn", "scan", "score", "figure_attribution", "retrain", "retrain_pool", "evaluate", "figure_counterfactual",
-    "figure_delta", "figure_lds",
+    "unlearn", "regenerate_unlearned", "scan", "score", "figure_attribution", "retrain", "retrain_pool", "evaluate",
+    "figure_counterfactual", "figure_delta", "figure_lds", "figure_unlearning",
 }  # fmt: skip
 
 
@@ -129,6 +129,7 @@ def test_a_query_adds_only_its_own_jobs(smoke):
     assert planned == {
         "synthesize": 1,
         "unlearn": variants,
+        "regenerate_unlearned": variants,  # of all queries together
         "scan": variants,
         "score": len(config.score.methods) - together,
         # One job for all queries, which keeps the scores that are there; grids show all methods.
@@ -143,6 +144,7 @@ def test_a_query_adds_only_its_own_jobs(smoke):
         "evaluate": 1,
         "figure_delta": 1,
         "figure_lds": 1,
+        "figure_unlearning": 1,
     }
 
 

@@ -104,8 +104,48 @@ rule unlearn:
         " --query {wildcards.query:q} --threads {threads} --device auto > {log:q} 2>&1"
 
 
+rule regenerate_unlearned:
+    input:
+        MODEL,
+        ENCODED,
+        lambda wildcards: [
+            path
+            for query in layout.config.forgotten_queries()
+            for path in [
+                layout.query(query)["tensors"],
+                layout.unlearned(wildcards.variant, query)["weights"],
+            ]
+        ],
+    output:
+        layout.regenerated("{variant}"),
+    log:
+        log_file("unlearn", "{variant}", "regenerated"),
+    benchmark:
+        benchmark_file("unlearn", "{variant}", "regenerated")
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=60,
+        gpu=1,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by(
+            "synthesize",
+            "seed",
+            ("synthesize", "sampler_steps"),
+            ("synthesize", "guidance"),
+            others=layout.config.evaluate.others,
+        ),
+    shell:
+        "forgetrace unlearn --config {params.config:q} --variant {wildcards.variant:q}"
+        " --threads {threads} --device auto > {log:q} 2>&1"
+
+
 rule all_unlearn:
     input:
+        [layout.regenerated(variant) for variant in REGENERATED],
         [
             path
             for variant in layout.config.unlearn

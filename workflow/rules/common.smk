@@ -142,6 +142,9 @@ MEASURED_AT_ONCE = [
 ]
 
 
+REGENERATED = list(layout.config.unlearn) if layout.config.evaluate.others else []
+
+
 def scores(query):
     """The score tables of every method for a query."""
     return [layout.score(method, query) for method in layout.config.score.methods]

@@ -9,6 +9,7 @@ REPORTED = {
     "pooled": ("Proof by retraining", "pooled protocol"),
     "agreement": ("Attribution", "agreement of methods"),
     "cost": ("Attribution", "cost of methods"),
+    "unlearning": ("Attribution", "what unlearning changes"),
 }
 
 
@@ -23,6 +24,17 @@ rule evaluate:
             if MEASURED_AT_ONCE
             else []
         ),
+        [
+            path
+            for variant in REGENERATED
+            for path in [
+                layout.regenerated(variant),
+                *(
+                    layout.unlearned(variant, query)["losses"]
+                    for query in layout.config.forgotten_queries()
+                ),
+            ]
+        ],
     output:
         [
             report(

@@ -158,6 +158,35 @@ rule figure_lds:
         "forgetrace figures --config {params.config:q} --name lds > {log:q} 2>&1"
 
 
+rule figure_unlearning:
+    input:
+        [layout.regenerated(variant) for variant in REGENERATED],
+    output:
+        report(
+            layout.figure("unlearning", "png"),
+            caption="../report/unlearning.rst",
+            category="Attribution",
+            labels={"query": "what unlearning changes"},
+        ),
+        layout.figure("unlearning", "pdf"),
+    log:
+        log_file("figures", "unlearning"),
+    benchmark:
+        benchmark_file("figures", "unlearning")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("figures", "unlearn"),
+    shell:
+        "forgetrace figures --config {params.config:q} --name unlearning > {log:q} 2>&1"
+
+
 rule all_figures:
     input:
         [

@@ -78,26 +78,30 @@ def regenerate(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, 
     Returns:
         Latent (C, H, W), float32, clipped to [-1, 1].
     """
-    latents = sample(*_sampling(layout, unet, initial, prompt))
-    return latents[0].clamp(-1, 1).cpu().numpy()
+    return generate(layout, unet, initial[None], prompt[None])[0]
+
+
+def generate(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """:func:`regenerate` for n initial noises and prompts at once, (n, C, H, W) and (n, tokens, width)."""
+    return sample(*_sampling(layout, unet, initial, prompts)).clamp(-1, 1).cpu().numpy()
 
 
 def journey(
     layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, prompt: np.ndarray
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """The sampler's steps on the way to :func:`regenerate`'s latent, as :func:`trajectory` yields them."""
-    return trajectory(*_sampling(layout, unet, initial, prompt))
+    return trajectory(*_sampling(layout, unet, initial[None], prompt[None]))
 
 
-def _sampling(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, prompt: np.ndarray) -> tuple:
-    """The sampler's arguments for one query."""
+def _sampling(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, prompts: np.ndarray) -> tuple:
+    """The sampler's arguments for n images."""
     device = next(unet.parameters()).device
     settings = layout.config.synthesize
     return (
         unet,
         load_scheduler(layout),
-        torch.from_numpy(initial)[None].to(device),
-        torch.from_numpy(prompt)[None].to(device),
+        torch.from_numpy(initial).to(device),
+        torch.from_numpy(prompts).to(device),
         torch.from_numpy(np.array(read_array(layout.captions, mmap=True)[-1])).to(device),
         settings.sampler_steps,
         settings.guidance,

@@ -27,6 +27,7 @@ from forgetrace.evaluation.statistics import (
     sign_flip_test,
     standard_error,
 )
+from forgetrace.evaluation.unlearning import unlearning
 from forgetrace.layout import BASE, Layout
 
 PER_QUERY = ["query", "method", "k", "member", "metric", "value"]
@@ -60,6 +61,8 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
         )
     if retrain.pools:
         tables["pooled"] = pooled(layout, partial)
+    if layout.config.evaluate.others:
+        tables["unlearning"] = unlearning(layout, encode or load_encoder(layout.config.evaluate.encoder), partial)
     if retrain.subsets or retrain.pools:
         tables |= {"agreement": agreement(layout, partial), "cost": cost(layout)}
     for name, table in {**tables, "comparisons": compared}.items():

@@ -7,11 +7,12 @@ from forgetrace.layout import Layout
 
 
 def names(layout: Layout) -> list[str]:
-    """Names of all figures: ``training``, ``attribution-<query>``, ``counterfactual-<query>``, ``delta``, ``lds``."""
+    """Names of all figures; those of a query end with its name."""
     config = layout.config
     grids = [f"attribution-{query}" for query in config.queries()]
     grids += [f"counterfactual-{query}" for query in config.judged_queries()]
-    return ["training", *grids, "delta", *(["lds"] if config.retrain.subsets else [])]
+    optional = {"lds": config.retrain.subsets, "unlearning": config.evaluate.others}
+    return ["training", *grids, "delta", *(name for name, wanted in optional.items() if wanted)]
 
 
 def draw(layout: Layout, name: str) -> None:

@@ -60,6 +60,10 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
     training = {TORCH: retrained, STEP: retrained * recipe.steps}
     most, mean = (narrowing.most, narrowing.mean) if narrowing else (config.scan.timesteps,) * 2  # of θ0, of a query
     checks = 2 * (QUERY_DRAWS + OTHERS_DRAWS * min(OTHERS, images)) * unlearned + QUERY_DRAWS * mirrored * len(queries)
+    # Generated before, and with every query unlearned: that query and the others.
+    forgotten, others = len(config.forgotten_queries()), config.evaluate.others
+    again = len(variants) * (forgotten + others + forgotten * (1 + others)) * sampled if others else 0
+    looks = len(variants) if others else 0
     passes, figures = len(together(layout)), len(catalogue.names(layout))  # a job of each such method; see estimate
     scores = (len(config.score.methods) - passes) * len(queries) + passes
     return {
@@ -68,7 +72,9 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
         "train": Work(1, {TORCH: 1, STEP: recipe.steps}, recipe.threads),
         "synthesize": Work(len(queries), asking | {CAPTION: len(queries), SAMPLER: len(generated) * sampled}),
         "fit": Work(len(fits), {TORCH: len(fits)} | {unit: config.fit.draws * n for unit, n in fits.values()}),
-        "unlearn": Work(unlearned, {TORCH: unlearned, GRADIENT: gradients, LOSS: checks}),
+        "unlearn": Work(
+            unlearned + looks, {TORCH: unlearned + looks, GRADIENT: gradients, LOSS: checks, SAMPLER: again}
+        ),
         "scan": Work(1 + unlearned, {TORCH: 1 + unlearned, SCAN: round(images * (most + unlearned * mean))}),
         "score": Work(scores, {START: scores}),
         "retrain": Work(retrained, training | measuring(own, at_once), recipe.threads),
