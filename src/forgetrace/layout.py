@@ -91,6 +91,11 @@ class Layout:
         """Shapes, image size and hashes of the encoded data."""
         return f"{self.root}/encode/manifest.json"
 
+    @property
+    def encoded(self) -> list[str]:
+        """All that later stages read of the encoded data."""
+        return [self.latents, self.captions, self.index, self.encode_manifest]
+
     # train
 
     @property
@@ -112,6 +117,11 @@ class Layout:
     def scheduler(self) -> str:
         """Noise schedule as diffusers saves it."""
         return f"{self.model}/scheduler/scheduler_config.json"
+
+    @property
+    def model_files(self) -> list[str]:
+        """All that later stages read of θ0."""
+        return [self.weights, self.architecture, self.scheduler]
 
     @property
     def snapshots(self) -> list[str]:
@@ -283,8 +293,7 @@ class Layout:
     def files(self) -> set[str]:
         """Every file the stages write below ``root``, figures excepted, for the current config."""
         config, queries = self.config, self.config.queries()
-        files = {self.latents, self.captions, self.index, self.encode_manifest, self.weights, self.architecture}
-        files |= {self.scheduler, self.curve, self.recipe, self.base_scan}
+        files = {*self.encoded, *self.model_files, self.curve, self.recipe, self.base_scan}
         files |= {path for variant in config.unlearn.values() for path in self.fitted(variant.curvature)}
         files |= {*self.snapshots, self.metrics}
         files |= {self.table(name) for name in self.tables()}

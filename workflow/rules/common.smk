@@ -68,8 +68,8 @@ OWN_IMAGES = [query for query in QUERIES if layout.config.image_query(query)]
 JUDGED = [method for method in layout.config.retrain.methods if method != RANDOM]
 TOGETHER = registry.together(layout)
 FEATURES = registry.all_features(layout)
-ENCODED = [layout.latents, layout.captions, layout.index, layout.encode_manifest]
-MODEL = [layout.weights, layout.architecture, layout.scheduler]
+ENCODED = layout.encoded
+MODEL = layout.model_files
 
 
 def one_of(names):

@@ -37,9 +37,7 @@ class OverTimesteps(Features):
 
     def inputs(self) -> list[str]:
         """θ0 and the encoded training images."""
-        layout = self.layout
-        model = [layout.weights, layout.architecture, layout.scheduler]
-        return [*model, layout.latents, layout.captions, layout.index, layout.encode_manifest]
+        return [*self.layout.model_files, *self.layout.encoded]
 
     def settings(self) -> dict:
         """The seed; all else is in the name."""

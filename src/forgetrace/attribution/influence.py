@@ -25,7 +25,6 @@ import numpy as np
 
 from forgetrace.artifacts import UserError, fingerprint, provenance, read_tensors_provenance, stage_versions
 from forgetrace.attribution.contract import Together
-from forgetrace.layout import Layout
 
 if TYPE_CHECKING:
     from forgetrace.attribution.gradients import Gradients
@@ -54,7 +53,7 @@ class InnerProducts(Together):
     def inputs(self, query: str) -> list[str]:
         """The weights, the encoded data and the query."""
         layout = self.layout
-        own = [layout.architecture, layout.scheduler, *encoded_files(layout), layout.query(query)["tensors"]]
+        own = [layout.architecture, layout.scheduler, *layout.encoded, layout.query(query)["tensors"]]
         return [*self.models(), *self.more_inputs(), *own]
 
     def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
@@ -172,8 +171,3 @@ class DataInf(InnerProducts):
     def directions(self, gradients: Gradients, queries: list[str]) -> dict:
         """DataInf's H⁻¹ ∇L(ẑ), from the draws the Fisher is estimated on."""
         return gradients.datainf(queries, DAMPING if self.options.damping is None else self.options.damping)
-
-
-def encoded_files(layout: Layout) -> list[str]:
-    """The encoded training set."""
-    return [layout.latents, layout.captions, layout.index, layout.encode_manifest]

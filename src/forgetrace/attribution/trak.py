@@ -55,8 +55,8 @@ class Trak(Together):
     def inputs(self, query: str) -> list[str]:
         """The features, θ0 and the query's tensors."""
         layout = self.layout
-        model = [layout.weights, layout.architecture, layout.scheduler]
-        return [*(layout.features(needed.name) for needed in self.features()), *model, layout.query(query)["tensors"]]
+        own = [layout.features(needed.name) for needed in self.features()]
+        return [*own, *layout.model_files, layout.query(query)["tensors"]]
 
     def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
         """τ of all training images for each query."""

@@ -28,9 +28,7 @@ class ChannelStatistics(Comparable):
 
     def inputs(self) -> list[str]:
         """θ0 and the encoded data."""
-        layout = self.layout
-        model = [layout.weights, layout.architecture, layout.scheduler]
-        return [*model, layout.latents, layout.captions, layout.index, layout.encode_manifest]
+        return [*self.layout.model_files, *self.layout.encoded]
 
     def settings(self) -> dict:
         """The timestep and the noises."""
