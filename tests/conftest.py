@@ -119,8 +119,7 @@ def _build(layout: Layout) -> None:
 
 def _make_quick(patch: pytest.MonkeyPatch) -> None:
     """Invented token states, and losses checked on 100 draws instead of 1,000."""
-    patch.setattr("forgetrace.encoding.encode.token_states", fake_token_states)
-    patch.setattr("forgetrace.diffusion.synthesis.token_states", fake_token_states)
+    patch.setattr("forgetrace.encoding.text.token_states", fake_token_states)
     patch.setattr("forgetrace.unlearning.step.query_loss.__defaults__", (100,))
 
 

@@ -61,12 +61,17 @@ def prepare(config: ConfigPath) -> None:
 
 
 @app.command()
-def encode(config: ConfigPath) -> None:
+def encode(config: ConfigPath, device: Device = "auto") -> None:
     """Turn training images into latents and captions into token states."""
     layout = _experiment(config)
     from forgetrace.encoding.encode import encode
 
-    encode(layout)
+    if not layout.config.encode.pipeline:  # the built-in encoders are the CPU's
+        encode(layout)
+        return
+    from forgetrace.diffusion.device import pick_device
+
+    encode(layout, pick_device(device))
 
 
 @app.command()

@@ -62,14 +62,40 @@ class Prepare(Section):
 class Encode(Section):
     """Turn images into latents and captions into token states."""
 
-    image_encoder: Literal["pixel-unshuffle"] = Field(
-        "pixel-unshuffle", description="Image encoder; pixel-unshuffle is exact and has no weights."
+    image_encoder: Literal["pixel-unshuffle", "autoencoder-kl"] = Field(
+        "pixel-unshuffle",
+        description="What makes latents of images: pixel-unshuffle is exact and has no weights, autoencoder-kl is the "
+        "one of a Stable Diffusion pipeline.",
     )
     factor: Positive = Field(2, description="Pixel-unshuffle factor: latents have 3·factor² channels.")
-    text_encoder: Literal["minilm"] = Field("minilm", description="Text encoder whose token states condition.")
+    text_encoder: Literal["minilm", "clip"] = Field(
+        "minilm",
+        description="Text encoder whose token states condition: MiniLM, or the CLIP or OpenCLIP of a Stable Diffusion "
+        "pipeline.",
+    )
+    pipeline: str | None = Field(
+        None,
+        description="Where autoencoder-kl and clip come from: a folder in diffusers' layout (vae/, text_encoder/, "
+        "tokenizer/), or a model of the Hugging Face hub as owner/model or owner/model@revision.",
+        exclude_if=_unused,
+    )
+    tokens: Positive | None = Field(
+        None,
+        description="Tokens of a caption whose states are kept (null: with clip all 77, with minilm those of the "
+        "longest caption).",
+        exclude_if=_unused,
+    )
     max_images: Positive | None = Field(
         None, description="Use only this many training images, drawn with the experiment's seed (null: all)."
     )
+
+    @model_validator(mode="after")
+    def _has_its_weights(self):
+        if bool(self.pipeline) != (self.image_encoder == "autoencoder-kl" or self.text_encoder == "clip"):
+            raise ValueError("image_encoder autoencoder-kl and text_encoder clip need a pipeline, others have no use")
+        if self.image_encoder == "autoencoder-kl" and "factor" in self.model_fields_set:
+            raise ValueError("factor has no effect with image_encoder autoencoder-kl: remove it")
+        return self
 
 
 class Train(Section):

@@ -39,6 +39,7 @@ rule encode:
     resources:
         mem_mb=2000,
         runtime=30,
+        gpu=1 if layout.config.encode.pipeline else 0,
     params:
         config=CONFIG_FILE,
         shaped_by=shaped_by("encode", "encode", "seed"),

@@ -12,7 +12,7 @@ from forgetrace.diffusion.loss import batched_losses
 from forgetrace.diffusion.model import load_scheduler
 from forgetrace.diffusion.noise import NoiseBank
 from forgetrace.diffusion.synthesis import regenerate
-from forgetrace.encoding.latents import to_pixels
+from forgetrace.encoding.codec import codec_of
 from forgetrace.layout import Layout
 
 
@@ -34,7 +34,7 @@ def measure(layout: Layout, unet: UNet2DConditionModel, model: tuple[str, int, s
     regenerated = "initial_noise" in arrays
     if regenerated:
         latent = regenerate(layout, unet, arrays["initial_noise"], arrays["prompt"])
-        write_image(files["image"], to_pixels(latent[None], layout.config.encode.factor)[0])
+        write_image(files["image"], codec_of(layout.config.encode, unet.device).decode(latent[None])[0])
     record = {"query": query, "method": model[0], "k": int(model[1]), "member": model[2]}
     # Rounding differs between processors: a table may mix them, but must be able to say so.
     record |= {"processor": processor_name(next(unet.parameters()).device)}
@@ -55,9 +55,7 @@ def brief_measure(layout: Layout, unet: UNet2DConditionModel, query: str) -> dic
     found = {"loss": float(query_losses(layout, unet, arrays)[1].mean())}
     if "initial_noise" in arrays:
         latent = regenerate(layout, unet, arrays["initial_noise"], arrays["prompt"])
-        original, image = (
-            to_pixels(value[None], layout.config.encode.factor)[0] for value in (arrays["latent"], latent)
-        )
+        original, image = codec_of(layout.config.encode, unet.device).decode(np.stack([arrays["latent"], latent]))
         found["mse"] = float(np.square((image.astype(float) - original) / 255).mean())
     return found
 

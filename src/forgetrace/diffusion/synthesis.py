@@ -20,8 +20,8 @@ from forgetrace.datasets.prepare import read_pool
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.sampling import sample, trajectory
-from forgetrace.encoding.latents import to_latents, to_pixels
-from forgetrace.encoding.text import token_states
+from forgetrace.encoding.captions import caption_states
+from forgetrace.encoding.codec import clipped, codec_of
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
 
@@ -32,17 +32,17 @@ def synthesize(layout: Layout, query: str, device: str = "auto") -> None:
     Raises:
         UserError: the user's image is missing or cannot be read, or the prompt is longer than the captions.
     """
-    own = layout.config.image_query(query)
+    own, settings, device = layout.config.image_query(query), layout.config.encode, pick_device(device)
     tokens = read_json(layout.encode_manifest)["caption_shape"][0]
     if own:
         record = {"query": query, "prompt": own.prompt, "source": "file", "file": own.image}
-        prompt = token_states([own.prompt], tokens)[0]
-        arrays = {"latent": _latent_of_file(layout, own.image), "prompt": prompt}
+        prompt = caption_states(settings, [own.prompt], tokens, device)[0]
+        arrays = {"latent": _latent_of_file(layout, own.image, device), "prompt": prompt}
     else:
-        record, arrays = generate_query(layout, load_unet(layout, pick_device(device)), query)
+        record, arrays = generate_query(layout, load_unet(layout, device), query)
     files = layout.query(query)
     made_by = provenance(layout.config.digest_of("seed", "synthesize"), {"weights": layout.weights})
-    write_image(files["image"], to_pixels(arrays["latent"][None], layout.config.encode.factor)[0])
+    write_image(files["image"], codec_of(settings, device).decode(arrays["latent"][None])[0])
     write_arrays(files["tensors"], arrays, made_by)
     write_json(files["record"], record | {"made_by": made_by})
 
@@ -59,7 +59,7 @@ def generate_query(layout: Layout, unet: UNet2DConditionModel, query: str) -> tu
     manifest, settings = read_json(layout.encode_manifest), layout.config.synthesize
     seed = int(generator(layout.config.seed, "query", query).integers(2**31))
     initial = generator(seed, "initial noise").standard_normal(manifest["latent_shape"], dtype=np.float32)
-    states = token_states([prompt], manifest["caption_shape"][0])[0]
+    states = caption_states(layout.config.encode, [prompt], manifest["caption_shape"][0], unet.device)[0]
     latent = regenerate(layout, unet, initial, states)
     record = {"query": query, "prompt": prompt, "source": "pool", "seed": seed}
     record |= {"sampler_steps": settings.sampler_steps, "guidance": settings.guidance}
@@ -76,14 +76,14 @@ def regenerate(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, 
         prompt: token states (tokens, width).
 
     Returns:
-        Latent (C, H, W), float32, clipped to [-1, 1].
+        Latent (C, H, W), float32, clipped to the range of latents where there is one.
     """
     return generate(layout, unet, initial[None], prompt[None])[0]
 
 
 def generate(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, prompts: np.ndarray) -> np.ndarray:
     """:func:`regenerate` for n initial noises and prompts at once, (n, C, H, W) and (n, tokens, width)."""
-    return sample(*_sampling(layout, unet, initial, prompts)).clamp(-1, 1).cpu().numpy()
+    return clipped(layout.config.encode, sample(*_sampling(layout, unet, initial, prompts)).cpu().numpy())
 
 
 def journey(
@@ -108,7 +108,7 @@ def _sampling(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, p
     )
 
 
-def _latent_of_file(layout: Layout, path: str) -> np.ndarray:
+def _latent_of_file(layout: Layout, path: str, device: torch.device) -> np.ndarray:
     from PIL import Image
 
     height, width, _ = read_json(layout.encode_manifest)["image_shape"]
@@ -121,7 +121,7 @@ def _latent_of_file(layout: Layout, path: str) -> np.ndarray:
         ) from None
     if pixels.shape[:2] != (height, width):
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
-    latents = to_latents(pixels[None], layout.config.encode.factor)
+    latents = codec_of(layout.config.encode, device).encode(pixels[None])
     if latents.shape[1:] != tuple(read_json(layout.encode_manifest)["latent_shape"]):
         raise UserError(f"{path} does not give latents of the experiment's shape.")
     return latents[0]

@@ -8,7 +8,7 @@ import numpy as np
 from forgetrace.artifacts import UserError, read_json
 from forgetrace.datasets.prepare import TRAIN, split_captions
 from forgetrace.datasets.registry import SOURCES
-from forgetrace.encoding.latents import to_latents
+from forgetrace.encoding.codec import codec_of
 from forgetrace.layout import Layout
 
 
@@ -20,7 +20,8 @@ def check_data(layout: Layout) -> None:
     """
     config = layout.config
     shape, images = _shape_and_count(layout)
-    to_latents(np.zeros((1, *shape), dtype=np.uint8), config.encode.factor)
+    if not config.encode.pipeline:  # what an autoencoder takes is known once its weights are read
+        codec_of(config.encode).encode(np.zeros((1, *shape), dtype=np.uint8))
     images = min(images, config.encode.max_images or images)
     for key in ("k", "pooled_k"):
         if too_large := [k for k in getattr(config.retrain, key) if k >= images]:

@@ -1,6 +1,7 @@
 """The ``encode`` stage: the training images as memory-mappable latents, the captions as token states."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,19 +19,26 @@ from forgetrace.artifacts import (
     write_table,
 )
 from forgetrace.datasets.prepare import TRAIN, read_metadata
-from forgetrace.encoding.latents import to_latents
-from forgetrace.encoding.text import WEIGHTS_SHA256, token_states
+from forgetrace.encoding.captions import caption_states, text_source
+from forgetrace.encoding.codec import codec_of
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
+
+if TYPE_CHECKING:
+    import torch
 
 EMPTY = ""
 
 
-def encode(layout: Layout) -> None:
+def encode(layout: Layout, device: "torch.device | str" = "cpu") -> None:
     """Encode the training split into ``layout.latents``, ``captions``, ``index`` and the manifest.
 
+    Args:
+        layout: the experiment.
+        device: where encoders of a pipeline run; the others stay on the CPU.
+
     Raises:
-        UserError: an image is missing, truncated or of another size than the rest.
+        UserError: an image is missing, truncated or of another size than the rest, or an encoder's weights are.
     """
     settings = layout.config.encode
     rows = _training_rows(layout)
@@ -46,10 +54,14 @@ def encode(layout: Layout) -> None:
             "caption_row": [row_of[row["text"]] for row in rows],
         }
     )
-    write_array(layout.latents, to_latents(pixels, settings.factor))
-    write_array(layout.captions, token_states(captions))
+    codec = codec_of(settings, device)
+    write_array(layout.latents, codec.encode(pixels))
+    write_array(layout.captions, caption_states(settings, captions, device=device))
     made_by = provenance(layout.config.digest_of("encode"), {"metadata": layout.metadata, "data": layout.data_manifest})
     write_table(layout.index, index, made_by)
+    # Equal on every machine, unlike the bits a text encoder computes on another CPU.
+    source = [made_by["inputs"], made_by["config"], text_source(settings), layout.config.seed]
+    source += [codec.files] if codec.files else []
     write_json(
         layout.encode_manifest,
         {
@@ -57,8 +69,7 @@ def encode(layout: Layout) -> None:
             "image_shape": list(pixels.shape[1:]),
             "latent_shape": list(read_array(layout.latents, mmap=True).shape[1:]),
             "caption_shape": list(read_array(layout.captions, mmap=True).shape[1:]),
-            # Equal on every machine, unlike the bits a text encoder computes on another CPU.
-            "source": fingerprint([made_by["inputs"], made_by["config"], WEIGHTS_SHA256, layout.config.seed]),
+            "source": fingerprint(source),
             "sha256": {role: sha256_of(path) for role, path in _files(layout).items()},
             "made_by": made_by,
         },

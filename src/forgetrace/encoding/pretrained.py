@@ -7,7 +7,6 @@ resized and cropped at the centre; by Pillow, so that torchvision is not needed 
 """
 
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from forgetrace.artifacts import UserError, read_json, sha256_of
+from forgetrace.encoding.hub import local_copy
 from forgetrace.encoding.image_encoder import ImageEncoder
 
 if TYPE_CHECKING:
@@ -77,36 +77,14 @@ def _load(folder: Path, kind: str) -> tuple[Callable, "torch.nn.Module"]:
 def model_folder(name: str) -> Path:
     """The folder of a model: the one named, else the hub's cache, else a download into it.
 
-    What is cached comes first, so that the queries of a running experiment meet the encoder its training images met.
-
     Raises:
         UserError: there is no such model, or no network to fetch it over.
     """
-    from huggingface_hub import constants, snapshot_download
-
-    if Path(name).is_dir():
-        if lacking := _lacking(Path(name)):
-            raise UserError(f"The image encoder {name} lacks {lacking}: save or download the whole model there.")
-        return Path(name)
-    repository, _, revision = name.partition("@")
-    for cached, weights in product((True, False), WEIGHTS):
-        wanted = {"revision": revision or None, "allow_patterns": [*CONFIGS, weights]}
-        try:
-            folder = Path(snapshot_download(repository, local_files_only=cached, **wanted))
-        except Exception as error:  # no network, no such name, no permission: every layer has its own
-            reason = str(error).split("\n")[0].rstrip(".:")
-            continue
-        if not (lacking := _lacking(folder)):
-            return folder
-        reason = f"it lacks {lacking}"
-    download = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
-    raise UserError(
-        f"The image encoder '{name}' is no folder, not in the cache {constants.HF_HUB_CACHE} and could not be "
-        f"downloaded ({reason}): run `{download}` where there is a network and copy "
-        f"models--{repository.replace('/', '--')} from its cache to this one (with HF_HUB_OFFLINE=1 no job tries the "
-        "network), or put config.json, preprocessor_config.json and model.safetensors into a folder and name that in "
-        "the method's option 'encoder'."
+    choices = [[*CONFIGS, weights] for weights in WEIGHTS]
+    instead = (
+        f"put {', '.join(CONFIGS)} and model.safetensors into a folder and name that in the method's option 'encoder'"
     )
+    return local_copy(name, choices, _lacking, "image encoder", instead)
 
 
 def _lacking(folder: Path) -> str | None:

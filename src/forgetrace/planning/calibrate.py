@@ -88,9 +88,9 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     from forgetrace.diffusion.model import build_scheduler, build_unet, frozen
     from forgetrace.diffusion.sampling import sample
     from forgetrace.diffusion.training import Training, train
-    from forgetrace.encoding.latents import to_latents
+    from forgetrace.encoding.captions import caption_states
+    from forgetrace.encoding.codec import codec_of
     from forgetrace.encoding.store import Encoded
-    from forgetrace.encoding.text import token_states
     from forgetrace.unlearning.step import BATCH, Query, query_gradient, query_loss
     from forgetrace.unlearning.subsets import select
 
@@ -98,10 +98,14 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     config, target, rows = layout.config, pick_device(device), read_metadata(layout.metadata)
     texts = [row["text"] for row in rows if row["split"] == TRAIN]
     captions = sorted(set(texts), key=len)[-CAPTIONS:]
-    units = {work.CAPTION: rate(lambda n: token_states(captions * n), len(captions))}
-    shape, states = read_json(layout.data_manifest)["image_shape"], torch.from_numpy(token_states(captions))
+
+    def states_of(n: int) -> np.ndarray:
+        return caption_states(config.encode, captions * n, device=target)
+
+    units = {work.CAPTION: rate(states_of, len(captions))}
+    shape, states = read_json(layout.data_manifest)["image_shape"], torch.from_numpy(states_of(1))
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, *shape), dtype=np.uint8)
-    latents, nothing = to_latents(pixels, config.encode.factor), np.zeros(IMAGES, dtype=bool)
+    latents, nothing = codec_of(config.encode, target).encode(pixels), np.zeros(IMAGES, dtype=bool)
     encoded = Encoded(list(map(str, range(IMAGES))), latents, states, torch.arange(IMAGES) % len(captions))
     scheduler = build_scheduler(config.train)
     unet, scanned = (frozen(build_unet(config.train, latents.shape[1:], states.shape[2], 0), target) for _ in range(2))

@@ -12,7 +12,7 @@ from forgetrace.artifacts import provenance, read_array, read_arrays, read_tenso
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_unet
 from forgetrace.diffusion.synthesis import generate
-from forgetrace.encoding.latents import to_pixels
+from forgetrace.encoding.codec import codec_of
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
 
@@ -69,4 +69,4 @@ def _images(layout: Layout, unet: UNet2DConditionModel, noise: np.ndarray, promp
     """What a model makes of n initial noises and prompts; (n, height, width, 3), uint8."""
     batches = [slice(start, start + BATCH) for start in range(0, len(noise), BATCH)]
     latents = np.concatenate([generate(layout, unet, noise[batch], prompts[batch]) for batch in batches])
-    return to_pixels(latents, layout.config.encode.factor)
+    return codec_of(layout.config.encode, unet.device).decode(latents)

@@ -1,0 +1,45 @@
+"""Captions to token states by the text encoder a config names."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from forgetrace.config import Encode
+from forgetrace.encoding import text
+
+if TYPE_CHECKING:
+    import torch
+
+
+def caption_states(
+    settings: Encode, captions: list[str], tokens: int | None = None, device: "torch.device | str" = "cpu"
+) -> np.ndarray:
+    """Token states of n captions.
+
+    Args:
+        settings: the section encode.
+        captions: n captions.
+        tokens: positions to give each; by default as the config says.
+        device: where a text encoder of a pipeline runs; MiniLM stays on the CPU.
+
+    Returns:
+        Shape (n, tokens, width), float32.
+
+    Raises:
+        UserError: the encoder is not there, or MiniLM is given a caption longer than ``tokens``.
+    """
+    tokens = tokens or settings.tokens
+    if settings.text_encoder == "minilm":
+        return text.token_states(captions, tokens)
+    from forgetrace.encoding.clip_text import clip_states
+
+    return clip_states(settings.pipeline, captions, tokens, device=device)
+
+
+def text_source(settings: Encode) -> object:
+    """What tells one text encoder from another: the hashes of its files."""
+    if settings.text_encoder == "minilm":
+        return text.WEIGHTS_SHA256
+    from forgetrace.encoding.clip_text import text_files
+
+    return text_files(settings.pipeline)
