@@ -5,7 +5,17 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/dataset.smk"
 include: "workflow/rules/model.smk"
 include: "workflow/rules/attribution.smk"
-include: "workflow/rules/counterfactual.smk"
+
+
+if layout.config.train.trains:
+
+    include: "workflow/rules/counterfactual.smk"
+
+else:
+
+    include: "workflow/rules/no_counterfactual.smk"
+
+
 include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/figures.smk"
 

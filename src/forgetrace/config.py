@@ -24,6 +24,14 @@ SEED_SET = "seed"  # the "method" of retrainings on all of D: only the training 
 RANDOM = "random"
 HALF_SET = "half"  # the "method" of models trained on random halves of D
 CEILING = "ceiling"  # the row of the linear datamodeling score that noise of training leaves to a perfect method
+# Keys of train that a given model decides, and those that only a training reads.
+ARCHITECTURE = {
+    "channels", "cross_attention", "layers_per_block", "attention_heads", "norm_groups", "prediction", "schedule",
+}  # fmt: skip
+RECIPE = {
+    "steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "gradient_clip", "ema_decay",
+    "caption_dropout", "precision", "snapshots", "checkpoint_every",
+}  # fmt: skip
 # What the options of a procedure are where the config does not say and Variant's defaults do not suit it.
 PROCEDURES = {
     "adam": {"curvature": "none"},
@@ -128,9 +136,40 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "auto", description="Training precision; auto takes bf16 where the hardware multiplies it natively."
     )
+    pretrained: str | None = Field(
+        None,
+        description="θ0 itself, which then is not trained: a folder in diffusers' layout (unet/, scheduler/), or a "
+        "model of the Hugging Face hub.",
+        exclude_if=_unused,
+    )
+    parent: str | None = Field(
+        None,
+        description="What training starts from instead of random weights, named like pretrained; with pretrained, "
+        "what that was fine-tuned from by the recipe of this section, without which leave-K-out models are impossible.",
+        exclude_if=_unused,
+    )
     threads: Positive = Field(1, description="CPU threads of one training; the same for θ0 and retrainings.")
     snapshots: Positive = Field(4, description="Evenly spaced snapshots kept with their learning rates.")
     checkpoint_every: Positive = Field(250, description="Steps between checkpoints a killed run resumes from.")
+
+    @property
+    def given(self) -> tuple[str, str] | None:
+        """The model whose architecture and schedule are taken, and the key that names it; None where we build one."""
+        key = "parent" if self.parent else "pretrained"
+        name = getattr(self, key)
+        return (name, f"train.{key}") if name else None
+
+    @property
+    def trains(self) -> bool:
+        """Whether this experiment can train models: not where θ0 is given and nobody says from what and how."""
+        return not self.pretrained or bool(self.parent)
+
+    @model_validator(mode="after")
+    def _given(self):
+        fixed = ARCHITECTURE | (set() if self.trains else RECIPE)
+        if self.given and (useless := sorted(fixed & self.model_fields_set)):
+            raise ValueError(f"{useless[0]} has no effect with {self.given[1].partition('.')[2]}: remove it")
+        return self
 
     @model_validator(mode="after")
     def _levels(self):
@@ -151,7 +190,9 @@ class Train(Section):
         return self
 
     def snapshot_steps(self) -> list[int]:
-        """Numbers of finished steps at which a snapshot is kept; the last is the end of training."""
+        """Numbers of finished steps at which a snapshot is kept, the last at the end; none of a given θ0."""
+        if self.pretrained:
+            return []
         return [self.steps * (i + 1) // self.snapshots for i in range(self.snapshots)]
 
 
@@ -419,6 +460,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _coherent(self):
+        if not self.train.trains and (
+            asked := [k for k in ("methods", "subsets", "pools") if getattr(self.retrain, k)]
+        ):
+            raise ValueError(
+                f"retrain.{asked[0]}: models without some images cannot be trained, for nobody says what the given θ0 "
+                "was trained from: name it in train.parent and give its recipe, or remove the key"
+            )
         for method in self.retrain.methods:
             if method not in self.score.methods:
                 raise ValueError(f"retrain.methods: '{method}' is not one of score.methods")
@@ -467,8 +515,8 @@ class Config(Section):
         return names
 
     def judged_queries(self) -> list[str]:
-        """Names of the queries with leave-K-out models."""
-        return self.queries()[: self.retrain.queries]
+        """Names of the queries with leave-K-out models; none where no model can be trained."""
+        return self.queries()[: self.retrain.queries] if self.train.trains else []
 
     def origin(self, query: str) -> str:
         """Where a query is from: its caption pool (tuning or report), or ``own`` for a user's image."""

@@ -248,6 +248,8 @@ class Layout:
     def shared_models(self) -> list[tuple[str, int, str]]:
         """(method, k, member) of the models every query is measured with: θ0, random draws, seeds."""
         retrain = self.config.retrain
+        if not self.config.train.trains:
+            return []
         draws = [(RANDOM, k, f"draw{i}") for k in retrain.k for i in range(retrain.random_draws)]
         seeds = [(SEED_SET, 0, f"draw{i}") for i in range(retrain.seeds)]
         return [(BASE, 0, BASE), *draws, *seeds]
@@ -269,7 +271,7 @@ class Layout:
     def tables(self) -> list[str]:
         """Names of the result tables: those of leaving images out, then those the config asks for beside them."""
         retrain = self.config.retrain
-        names = ["per_query", "counterfactual", "comparisons"]
+        names = ["per_query", "counterfactual", "comparisons"] if self.config.train.trains else []
         names += ["lds", "lds_per_query"] if retrain.subsets else []
         names += ["pooled"] if retrain.pools else []
         names += ["unlearning"] if self.config.evaluate.others else []

@@ -1,4 +1,7 @@
+import shutil
+
 import pytest
+import yaml
 
 from forgetrace.attribution import registry
 from forgetrace.layout import load_layout
@@ -121,3 +124,29 @@ def test_a_narrowed_scan_waits_for_the_base_models(checkout):
     jobs = [job for job in planned.split("rule ") if job.startswith("scan:")]
     assert jobs
     assert all("results/narrowed/scan/base.npz" in job.partition("output:")[0] for job in jobs)
+
+
+def test_a_given_model_without_its_parent_has_no_counterfactual(checkout):
+    given = {
+        "encode": {"image_encoder": "autoencoder-kl", "text_encoder": "clip", "pipeline": "sd"},
+        "train": {"pretrained": "sd"},
+        "unlearn": {"unlearn": {"step_size": 0.01}},
+        "score": {"methods": {"unlearn": {"attributor": "unlearning"}, "random": {}}},
+        "evaluate": {"others": 9},
+    }
+    for part in ("unet", "scheduler", "vae"):
+        (checkout.folder / "sd" / part).mkdir(parents=True)
+        (checkout.folder / "sd" / part / "config.json").write_text("{}")
+    (checkout.folder / "given.yaml").write_text(yaml.safe_dump(given))
+    done = checkout("snakemake", "-n", "--configfile", "given.yaml")
+    assert "No leave-K-out models: name what the given θ0 was fine-tuned from in train.parent" in done.stderr
+    jobs = {job.partition(":")[0]: job for job in done.stdout.split("\nrule ")}
+    assert not any(name.startswith(("retrain", "measure", "figure_delta")) for name in jobs)
+    assert {"train", "unlearn", "regenerate_unlearned", "scan", "score", "evaluate", "figure_unlearning"} <= jobs.keys()
+    # A model that is a folder here is an input like any other; changing it runs what reads it again.
+    assert "sd/unet/config.json" in jobs["train"]
+    assert "sd/vae/config.json" in jobs["encode"]
+    parent = given | {"train": {"pretrained": "sd", "parent": "other/model", "steps": 200}}
+    (checkout.folder / "given.yaml").write_text(yaml.safe_dump(parent))
+    assert {"retrain_shared", "measure"} <= checkout.planned("--configfile", "given.yaml").keys()
+    shutil.rmtree(checkout.folder / "sd")

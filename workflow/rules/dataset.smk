@@ -27,6 +27,9 @@ rule encode:
     input:
         layout.metadata,
         layout.data_manifest,
+        pipeline.local_files(
+            layout.config.encode.pipeline, ["vae", "text_encoder", "tokenizer"]
+        ),
     output:
         ENCODED,
     log:

@@ -4,6 +4,9 @@
 rule train:
     input:
         ENCODED,
+        # The files of a model from elsewhere, where it is a folder.
+        pipeline.local_files(layout.config.train.pretrained, ["unet", "scheduler"]),
+        pipeline.local_files(layout.config.train.parent, ["unet", "scheduler"]),
     output:
         MODEL,
         layout.snapshots,

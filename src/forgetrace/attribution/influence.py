@@ -25,6 +25,7 @@ import numpy as np
 
 from forgetrace.artifacts import UserError, fingerprint, provenance, read_tensors_provenance, stage_versions
 from forgetrace.attribution.contract import Together
+from forgetrace.config import Config
 
 if TYPE_CHECKING:
     from forgetrace.attribution.gradients import Gradients
@@ -105,6 +106,15 @@ class TracIn(InnerProducts):
 
     summary = "inner products of gradients at the snapshots of training, times their learning rates (TracIn)"
     reads = InnerProducts.reads | {"noises"}
+
+    @classmethod
+    def check(cls, config: Config, method: str) -> None:
+        """Refuse a θ0 whose training nobody watched."""
+        if config.train.pretrained:
+            raise UserError(
+                f"score.methods.{method} needs snapshots of θ0's training, which train.pretrained does not have: "
+                "remove the method."
+            )
 
     def models(self) -> list[str]:
         """The snapshots of training."""

@@ -1,22 +1,27 @@
 """The ``train`` stage: θ0 with its snapshots, curve and recipe."""
 
 import numpy as np
+import pandas as pd
 from accelerate import PartialState
 
 from forgetrace.artifacts import provenance, read_tensors, write_json, write_table, write_tensors
+from forgetrace.diffusion.given import check_fits, given_scheduler, given_source, given_unet
 from forgetrace.diffusion.model import build_scheduler, build_unet, save_architecture
 from forgetrace.diffusion.training import Training, discard_checkpoints, learning_rate, snapshot_path, train
-from forgetrace.encoding.store import load_encoded
+from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import BASE, Layout
 
 
 def train_base(layout: Layout, device: str = "auto") -> None:
-    """Train θ0 on all of D and write it in diffusers' layout.
+    """Train θ0 on all of D, or adopt the given one, and write it in diffusers' layout.
 
     Raises:
         UserError: as :func:`forgetrace.diffusion.training.train`.
     """
     config, encoded = layout.config, load_encoded(layout)
+    if config.train.pretrained:
+        adopt(layout, encoded)
+        return
     made_by = provenance(config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
     snapshots = config.train.snapshot_steps()
     training = Training(BASE, config.seed, np.zeros(len(encoded), dtype=bool))
@@ -33,3 +38,20 @@ def train_base(layout: Layout, device: str = "auto") -> None:
     write_table(layout.curve, curve)
     write_json(layout.recipe, record | {"made_by": made_by})
     discard_checkpoints(layout, BASE)
+
+
+def adopt(layout: Layout, encoded: Encoded) -> None:
+    """Write the given θ0 where a trained one would be.
+
+    Raises:
+        UserError: as :func:`given_unet` and :func:`check_fits`.
+    """
+    recipe, key = layout.config.train, "train.pretrained"
+    unet, scheduler = given_unet(recipe.pretrained, key), given_scheduler(recipe.pretrained, key)
+    check_fits(unet, scheduler, recipe, encoded)
+    made_by = provenance(layout.config.digest_of("train"), {"encoded": layout.encode_manifest})
+    made_by |= {"given": given_source(recipe.pretrained, key)}
+    save_architecture(unet, scheduler, layout)
+    write_tensors(layout.weights, unet.state_dict(), made_by)
+    write_table(layout.curve, pd.DataFrame(columns=["step", "loss", "learning_rate"]))
+    write_json(layout.recipe, {"given": recipe.pretrained, "made_by": made_by})

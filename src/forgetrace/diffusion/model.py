@@ -7,6 +7,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from forgetrace.artifacts import UserError, atomic, read_json, read_tensors
 from forgetrace.config import Train
+from forgetrace.diffusion.given import fresh_unet, given_scheduler, given_unet
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
 
@@ -14,7 +15,7 @@ from forgetrace.randomness import generator
 def build_unet(
     recipe: Train, latent_shape: tuple[int, int, int], caption_width: int, seed: int
 ) -> UNet2DConditionModel:
-    """A UNet with freshly drawn weights.
+    """A UNet with freshly drawn weights; of the given architecture where the recipe names a model.
 
     Args:
         recipe: the architecture.
@@ -26,6 +27,8 @@ def build_unet(
     up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(recipe.cross_attention)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(seed, "weights").integers(2**62)))
+        if recipe.given:
+            return fresh_unet(*recipe.given)
         return UNet2DConditionModel(
             sample_size=latent_shape[-1],
             in_channels=latent_shape[0],
@@ -41,8 +44,19 @@ def build_unet(
         )
 
 
+def initial_unet(
+    recipe: Train, latent_shape: tuple[int, int, int], caption_width: int, seed: int
+) -> UNet2DConditionModel:
+    """The UNet that training starts from: the parent's where there is one, else as :func:`build_unet`."""
+    if recipe.parent:
+        return given_unet(recipe.parent, "train.parent").requires_grad_(True).train()
+    return build_unet(recipe, latent_shape, caption_width, seed)
+
+
 def build_scheduler(recipe: Train) -> DDPMScheduler:
     """The noise schedule of a recipe."""
+    if recipe.given:
+        return given_scheduler(*recipe.given)
     return DDPMScheduler(
         num_train_timesteps=recipe.timesteps,
         beta_schedule=recipe.schedule,

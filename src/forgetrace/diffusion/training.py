@@ -26,8 +26,9 @@ from forgetrace.artifacts import UserError, atomic, fingerprint, read_json, stag
 from forgetrace.config import Train
 from forgetrace.diffusion.device import make_deterministic, pick_device, resolve_precision
 from forgetrace.diffusion.draws import draw_step
+from forgetrace.diffusion.given import check_fits, given_source
 from forgetrace.diffusion.loss import example_losses
-from forgetrace.diffusion.model import build_scheduler, build_unet
+from forgetrace.diffusion.model import build_scheduler, initial_unet
 from forgetrace.encoding.store import Encoded
 from forgetrace.layout import Layout
 from forgetrace.progress import progress
@@ -61,9 +62,11 @@ def learning_rate(recipe: Train, step: int) -> float:
 
 def training_key(layout: Layout, training: Training, precision: str) -> str:
     """Fingerprint of everything a training's result depends on, but for the machine."""
+    recipe = layout.config.train
+    parent = {"parent": given_source(recipe.parent, "train.parent")} if recipe.parent else {}
     return fingerprint(
         {
-            "recipe": layout.config.train.model_dump(exclude={"checkpoint_every", "snapshots"}),
+            "recipe": recipe.model_dump(exclude={"checkpoint_every", "snapshots", "pretrained", "parent"}),
             "precision": precision,
             "seed": training.seed,
             "removed": np.flatnonzero(training.removed).tolist(),
@@ -72,6 +75,7 @@ def training_key(layout: Layout, training: Training, precision: str) -> str:
             "torch": torch.__version__.partition("+")[0],
             "versions": stage_versions("encode", "train", "retrain"),
         }
+        | parent
     )
 
 
@@ -133,8 +137,10 @@ class _Loop:
         recipe = layout.config.train
         self.recipe, self.encoded, self.training, self.accelerator = recipe, encoded, training, accelerator
         self.shape = tuple(encoded.latents.shape[1:])
-        unet = build_unet(recipe, self.shape, encoded.captions.shape[2], training.seed)
+        unet = initial_unet(recipe, self.shape, encoded.captions.shape[2], training.seed)
         self.scheduler = build_scheduler(recipe)
+        if recipe.parent:
+            check_fits(unet, self.scheduler, recipe, encoded)
         unet = unet.to(accelerator.device)
         self.ema = EMAModel(unet.parameters(), decay=recipe.ema_decay, foreach=True)
         optimizer = torch.optim.AdamW(

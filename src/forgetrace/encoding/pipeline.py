@@ -13,10 +13,16 @@ from forgetrace.encoding.hub import local_copy
 
 WEIGHTS = ("*.safetensors", "*.bin")  # in order of preference, that of diffusers and transformers
 TOKENIZER = "tokenizer"
+WITHOUT_WEIGHTS = {TOKENIZER: "tokenizer_config.json", "scheduler": "scheduler_config.json"}  # and what they must have
 
 
-def parts(name: str, wanted: list[str]) -> Path:
-    """The folder that holds the wanted parts of a pipeline, ``tokenizer`` among them or not.
+def parts(name: str, wanted: list[str], key: str = "encode.pipeline") -> Path:
+    """The folder that holds the wanted parts of a pipeline.
+
+    Args:
+        name: a folder, or a model of the hub as ``owner/model`` or ``owner/model@revision``.
+        wanted: names of the parts, such as ``vae``.
+        key: the config's key that names the pipeline, for messages.
 
     Raises:
         UserError: there is no such pipeline, it lacks a part, or there is no network to fetch it over.
@@ -24,25 +30,25 @@ def parts(name: str, wanted: list[str]) -> Path:
 
     def lacking(folder: Path) -> str | None:
         for part in wanted:
-            needed = "tokenizer_config.json" if part == TOKENIZER else "config.json"
+            needed = WITHOUT_WEIGHTS.get(part, "config.json")
             if not (folder / part / needed).is_file():
                 return f"{part}/{needed}"
-            if part != TOKENIZER and not _weights(folder / part):
+            if part not in WITHOUT_WEIGHTS and not _weights(folder / part):
                 return f"weights in {part}/"
         return None
 
     texts = [f"{part}/*.{kind}" for part in wanted for kind in ("json", "txt")]
-    models = [part for part in wanted if part != TOKENIZER]
+    models = [part for part in wanted if part not in WITHOUT_WEIGHTS]
     choices = [[*texts, *(f"{part}/{pattern}" for part in models)] for pattern in WEIGHTS]
     folders = ", ".join(f"{part}/" for part in wanted)
-    return local_copy(name, choices, lacking, "pipeline", f"name a folder with {folders} in encode.pipeline")
+    return local_copy(name, choices, lacking, "pipeline", f"name a folder with {folders} in {key}")
 
 
 def hashes(folder: Path, wanted: list[str]) -> dict[str, str]:
     """SHA-256 of the files that shape what the parts compute, by path inside the pipeline."""
     found = []
     for part in wanted:
-        weights = [] if part == TOKENIZER else _weights(folder / part)
+        weights = [] if part in WITHOUT_WEIGHTS else _weights(folder / part)
         found += [*sorted((folder / part).glob("*.json")), *sorted((folder / part).glob("*.txt")), *weights]
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in found}
 
@@ -70,3 +76,11 @@ def _weights(folder: Path) -> list[Path]:
         if plain:
             return plain
     return []
+
+
+def local_files(name: str | None, wanted: list[str]) -> list[str]:
+    """Files of a pipeline's parts that a job reads, where the pipeline is a folder; nothing of what is on the hub."""
+    if not name or not Path(name).is_dir():
+        return []
+    folders = [Path(name) / part for part in wanted]
+    return [path.as_posix() for folder in folders for path in sorted(folder.glob("*")) if path.is_file()]

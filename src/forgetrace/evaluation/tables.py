@@ -49,9 +49,11 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
         UserError: a measure is missing or damaged, or the encoder's packages are not installed.
     """
     resamples, seed, retrain = layout.config.evaluate.bootstrap, layout.config.seed, layout.config.retrain
-    values = per_query(layout, encode, partial)
-    compared = comparisons(values, resamples, seed)
-    tables = {"per_query": values, "counterfactual": counterfactual(values, resamples, seed)}
+    tables = {}
+    if layout.config.train.trains:
+        values = per_query(layout, encode, partial)
+        compared = comparisons(values, resamples, seed)
+        tables = {"per_query": values, "counterfactual": counterfactual(values, resamples, seed)}
     if retrain.subsets:
         halves = lds.read_halves(layout, partial)
         found = lds.correlations(halves, lds.read_scores(layout, partial), resamples, seed)
@@ -65,7 +67,9 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
         tables["unlearning"] = unlearning(layout, encode or load_encoder(layout.config.evaluate.encoder), partial)
     if retrain.subsets or retrain.pools:
         tables |= {"agreement": agreement(layout, partial), "cost": cost(layout)}
-    for name, table in {**tables, "comparisons": compared}.items():
+    if layout.config.train.trains:
+        tables["comparisons"] = compared
+    for name, table in tables.items():
         write_table(layout.table(name), table)
     write_json(layout.metrics, means(tables))
 
@@ -141,7 +145,7 @@ def comparisons(values: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame
 def means(tables: dict[str, pd.DataFrame]) -> dict[str, dict[str, dict[str, float]]]:
     """The means of the tables as ``{metric: {method: {"k200": mean}}}``, for DVC; of ``lds``, by pool of queries."""
     nested: dict = {}
-    for row in tables["counterfactual"].itertuples():
+    for row in tables["counterfactual"].itertuples() if "counterfactual" in tables else []:
         nested.setdefault(row.metric, {}).setdefault(row.method, {})[f"k{row.k}"] = float(f"{row.mean:.6g}")
     if "lds" in tables:
         for row in tables["lds"].itertuples():

@@ -11,8 +11,9 @@ def names(layout: Layout) -> list[str]:
     config = layout.config
     grids = [f"attribution-{query}" for query in config.queries()]
     grids += [f"counterfactual-{query}" for query in config.judged_queries()]
-    optional = {"lds": config.retrain.subsets, "unlearning": config.evaluate.others}
-    return ["training", *grids, "delta", *(name for name, wanted in optional.items() if wanted)]
+    first = [] if config.train.pretrained else ["training"]
+    last = {"delta": config.train.trains, "lds": config.retrain.subsets, "unlearning": config.evaluate.others}
+    return [*first, *grids, *(name for name, wanted in last.items() if wanted)]
 
 
 def draw(layout: Layout, name: str) -> None:

@@ -135,10 +135,11 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     units[work.SAMPLER] = rate(samples, sampler.sampler_steps * (1 if sampler.guidance == 1 else 2))
     units[work.LOSS] = rate(lambda n: query_loss(unet, scheduler, query, 0, n * BATCH), BATCH)
     units[work.SCAN] = rate(scans, block * draws)
-    write_json(layout.encode_manifest, {"source": "calibration"})  # a training's key holds it
-    units[work.STEP] = rate(steps)
-    torch.use_deterministic_algorithms(False)  # which trainings want, like their threads
-    torch.set_num_threads(1)
+    if config.train.trains:
+        write_json(layout.encode_manifest, {"source": "calibration"})  # a training's key holds it
+        units[work.STEP] = rate(steps)
+        torch.use_deterministic_algorithms(False)  # which trainings want, like their threads
+        torch.set_num_threads(1)
     units[work.GRADIENT] = rate(gradients, BATCH)
     fits = {}
     for curvature, (unit, passes) in work.fitted(config).items():

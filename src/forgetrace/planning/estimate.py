@@ -39,17 +39,18 @@ def wall_seconds(stages: Mapping[str, Work], seconds: Mapping[str, float], share
 def disk(layout: Layout, stages: Mapping[str, Work], facts: Mapping[str, int]) -> dict[str, int]:
     """Bytes of each stage's files; ``facts`` as :func:`calibrate` finds them."""
     config, weights, shared = layout.config, facts["weights"], len(layout.shared_models())
+    others = max(0, shared - 1)  # retrainings that all queries share: θ0 is one of the models
     draws = config.scan.narrowing.most if config.scan.narrowing else config.scan.timesteps
-    own, jobs = stages["retrain"].jobs + 1 - shared, {stage: work.jobs for stage, work in stages.items()}
+    own, jobs = stages["retrain"].jobs - others, {stage: work.jobs for stage, work in stages.items()}
     return {stage: 3 * SMALL * number for stage, number in jobs.items()} | {
         "prepare": facts["pictures"] * SMALL,
         "encode": facts["images"] * facts["latent"] + facts["captions"] * facts["states"],
-        "train": weights * (1 + config.train.snapshots),
+        "train": weights * (1 + len(config.train.snapshot_steps())),
         "fit": facts["fitted"],
         "unlearn": facts["changed"] * len(config.queries()),
         "scan": jobs["scan"] * facts["images"] * draws * 4,
         "score": jobs["score"] * facts["images"] * RANKED,
-        "retrain": (shared - 1 + own * config.retrain.keep_weights) * weights + own * 3 * SMALL,
+        "retrain": (others + own * config.retrain.keep_weights) * weights + own * 3 * SMALL,
         "measure": jobs["measure"] * shared * 3 * SMALL,
         "figures": jobs["figures"] * DRAWN,
     }

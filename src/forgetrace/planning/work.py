@@ -57,7 +57,7 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
     mirrored = sum(variant.procedure == "mucs" for variant in variants)  # asks an untrained model for its loss too
     gradients = len(queries) * sum(v.steps * v.draws * (2 if v.procedure == "mucs" else 1) for v in variants)  # at most
     asking, narrowing = {TORCH: len(queries)}, config.scan.narrowing
-    training = {TORCH: retrained, STEP: retrained * recipe.steps}
+    training = {TORCH: retrained, STEP: retrained * recipe.steps} if recipe.trains else {}
     most, mean = (narrowing.most, narrowing.mean) if narrowing else (config.scan.timesteps,) * 2  # of θ0, of a query
     checks = 2 * (QUERY_DRAWS + OTHERS_DRAWS * min(OTHERS, images)) * unlearned + QUERY_DRAWS * mirrored * len(queries)
     # Generated before, and with every query unlearned: that query and the others.
@@ -69,7 +69,7 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
     return {
         "prepare": Work(1, {START: 1, PREPARED: 1}),
         "encode": Work(1, {TORCH: 1, CAPTION: captions}),
-        "train": Work(1, {TORCH: 1, STEP: recipe.steps}, recipe.threads),
+        "train": Work(1, {TORCH: 1} | ({} if recipe.pretrained else {STEP: recipe.steps}), recipe.threads),
         "synthesize": Work(len(queries), asking | {CAPTION: len(queries), SAMPLER: len(generated) * sampled}),
         "fit": Work(len(fits), {TORCH: len(fits)} | {unit: config.fit.draws * n for unit, n in fits.values()}),
         "unlearn": Work(
