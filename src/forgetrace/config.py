@@ -142,6 +142,12 @@ class Train(Section):
         "model of the Hugging Face hub.",
         exclude_if=_unused,
     )
+    lora: str | None = Field(
+        None,
+        description="LoRA weights in diffusers' format (a file or its folder) that are merged into pretrained; needs "
+        "the extra `lora`.",
+        exclude_if=_unused,
+    )
     parent: str | None = Field(
         None,
         description="What training starts from instead of random weights, named like pretrained; with pretrained, "
@@ -169,6 +175,8 @@ class Train(Section):
         fixed = ARCHITECTURE | (set() if self.trains else RECIPE)
         if self.given and (useless := sorted(fixed & self.model_fields_set)):
             raise ValueError(f"{useless[0]} has no effect with {self.given[1].partition('.')[2]}: remove it")
+        if self.lora and (self.parent or not self.pretrained):
+            raise ValueError("lora needs pretrained, and cannot be retrained from a parent: no recipe here trains LoRA")
         return self
 
     @model_validator(mode="after")

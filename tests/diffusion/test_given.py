@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from forgetrace.counterfactual.retrain import retrain
 from forgetrace.curvature.fit import fit
 from forgetrace.diffusion.base import train_base
 from forgetrace.diffusion.given import given_scheduler, given_unet
+from forgetrace.diffusion.lora import merge_lora
 from forgetrace.diffusion.model import build_unet, initial_unet, load_scheduler, load_unet
 from forgetrace.diffusion.synthesis import synthesize
 from forgetrace.diffusion.training import Training, training_key
@@ -189,6 +191,7 @@ def test_models_that_do_not_fit_are_one_sentence(folder):
         ({"pretrained": "x", "channels": [8, 16]}, {}, "channels has no effect with pretrained"),
         ({"pretrained": "x", "steps": 10}, {}, "steps has no effect with pretrained"),
         ({"parent": "x", "schedule": "linear"}, {}, "schedule has no effect with parent"),
+        ({"parent": "x", "lora": "y"}, {}, "lora needs pretrained, and cannot be retrained"),
         ({"pretrained": "x"}, {"retrain": {"methods": ["text"]}}, "retrain.methods: models without some images cannot"),
         ({"pretrained": "x"}, {"retrain": {"subsets": 3}}, "retrain.subsets: .* name it in train.parent"),
     ],
@@ -202,3 +205,59 @@ def test_methods_that_watch_training_are_refused():
     layout = experiment({"pretrained": "x"}, score={"methods": {"tracin": {}}})
     with pytest.raises(UserError, match=r"score.methods.tracin needs snapshots of θ0's training"):
         check_methods(layout.config)
+
+
+def save_lora(target: str, seed: int = 0, **text) -> torch.nn.Module:
+    """A LoRA of the pipeline's K and V with invented weights; returns the UNet with it, as peft runs it."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(seed)
+    unet = given_unet("pipeline", "train.pretrained")
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=5, target_modules=["to_k", "to_v"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(
+        target,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        **text,
+    )
+    return unet.eval()
+
+
+@torch.no_grad()
+def test_lora_weights_are_merged_with_their_scale(folder):
+    adapted = save_lora("lora")
+    layout = encoded(experiment({"pretrained": "pipeline", "lora": "lora"}))
+    train_base(layout, CPU)
+    own, plain = load_unet(layout, torch.device(CPU)), given_unet("pipeline", "train.pretrained")
+    assert own.state_dict().keys() == plain.state_dict().keys()
+    inputs = torch.randn(2, CHANNELS, 4, 4), torch.tensor([3, 700]), torch.randn(2, 12, WIDTH)
+    merged, expected, without = (model(*inputs).sample for model in (own, adapted, plain))
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-4)
+    assert (merged - without).abs().max() > 0.01
+
+
+def test_lora_files_that_do_not_fit_are_one_sentence(folder, monkeypatch):
+    with pytest.raises(UserError, match=r"train.lora: there is no nowhere;"):
+        merge_lora(given_unet("pipeline", "k"), "nowhere")
+    save_lora("lora")
+    from safetensors.torch import load_file, save_file
+
+    file = Path("lora/pytorch_lora_weights.safetensors")
+    weights = load_file(file)
+    renamed = {name.replace("down_blocks.1", "down_blocks.7"): weight for name, weight in weights.items()}
+    save_file(renamed, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"is of another model|are the model's"):
+        merge_lora(given_unet("pipeline", "k"), "lora")
+    extra = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 16)}
+    save_file(weights | extra, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"changes more than the UNet \(text_encoder"):
+        merge_lora(given_unet("pipeline", "k"), "lora")
+    file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"pytorch_lora_weights.safetensors cannot be read"):
+        merge_lora(given_unet("pipeline", "k"), "lora")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"needs the package peft"):
+        merge_lora(given_unet("pipeline", "k"), "lora")

@@ -7,6 +7,7 @@ rule train:
         # The files of a model from elsewhere, where it is a folder.
         pipeline.local_files(layout.config.train.pretrained, ["unet", "scheduler"]),
         pipeline.local_files(layout.config.train.parent, ["unet", "scheduler"]),
+        pipeline.local_files(layout.config.train.lora, ["."]),
     output:
         MODEL,
         layout.snapshots,

@@ -6,6 +6,7 @@ from accelerate import PartialState
 
 from forgetrace.artifacts import provenance, read_tensors, write_json, write_table, write_tensors
 from forgetrace.diffusion.given import check_fits, given_scheduler, given_source, given_unet
+from forgetrace.diffusion.lora import merge_lora
 from forgetrace.diffusion.model import build_scheduler, build_unet, save_architecture
 from forgetrace.diffusion.training import Training, discard_checkpoints, learning_rate, snapshot_path, train
 from forgetrace.encoding.store import Encoded, load_encoded
@@ -44,11 +45,13 @@ def adopt(layout: Layout, encoded: Encoded) -> None:
     """Write the given θ0 where a trained one would be.
 
     Raises:
-        UserError: as :func:`given_unet` and :func:`check_fits`.
+        UserError: as :func:`given_unet`, :func:`check_fits` and :func:`merge_lora`.
     """
     recipe, key = layout.config.train, "train.pretrained"
     unet, scheduler = given_unet(recipe.pretrained, key), given_scheduler(recipe.pretrained, key)
     check_fits(unet, scheduler, recipe, encoded)
+    if recipe.lora:
+        merge_lora(unet, recipe.lora)
     made_by = provenance(layout.config.digest_of("train"), {"encoded": layout.encode_manifest})
     made_by |= {"given": given_source(recipe.pretrained, key)}
     save_architecture(unet, scheduler, layout)

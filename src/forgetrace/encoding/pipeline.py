@@ -80,7 +80,9 @@ def _weights(folder: Path) -> list[Path]:
 
 def local_files(name: str | None, wanted: list[str]) -> list[str]:
     """Files of a pipeline's parts that a job reads, where the pipeline is a folder; nothing of what is on the hub."""
+    if name and Path(name).is_file():
+        return [name]
     if not name or not Path(name).is_dir():
         return []
-    folders = [Path(name) / part for part in wanted]
+    folders = [Path(name) / part for part in wanted]  # a part may be the folder itself
     return [path.as_posix() for folder in folders for path in sorted(folder.glob("*")) if path.is_file()]
