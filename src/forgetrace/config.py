@@ -363,6 +363,11 @@ class Method(Section):
     curvature: Literal["diagonal", "ekfac"] | None = Field(
         None, description="Fisher whose inverse weighs the gradients (influence only).", exclude_if=_unused
     )
+    unit_length: bool = Field(
+        False,
+        description="Scale the gradient of a training image to length 1 at every timestep (influence, datainf).",
+        exclude_if=_unused,
+    )
     encoder: str | None = Field(
         None,
         description="Image encoder: efficientnet-lite0, or a model of transformers as owner/model, "

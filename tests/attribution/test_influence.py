@@ -9,6 +9,7 @@ import torch
 
 from forgetrace.artifacts import UserError, read_table, read_tensors_provenance
 from forgetrace.attribution.inner_products import products
+from forgetrace.attribution.gradients import Gradients
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.scan import scan
 from forgetrace.attribution.score import score
@@ -116,6 +117,19 @@ def test_the_score_of_an_infinitesimal_unlearning_step_is_the_influence(tiny):
         errors.append(np.abs(scores - influence).max() / np.abs(influence).max())
     assert errors[1] < 0.01
     assert errors[1] < errors[0] / 4
+
+
+@pytest.mark.parametrize("method", [{"attributor": "influence"}, {"attributor": "datainf"}])
+def test_training_gradients_count_by_their_direction_alone_where_asked(tiny, parts, method):
+    """By a plain loop: twice as long a gradient at one timestep changes nothing."""
+    plain = with_method(tiny, timesteps=2, **method)
+    scores = attributor(with_method(tiny, timesteps=2, unit_length=True, **method), "m", "cpu").scores(QUERY)
+    source = Gradients(plain, "all", 2, "cpu")
+    direction = attributor(plain, "m", "cpu").directions(source, [QUERY])
+    flat = torch.cat([direction[name][0].flatten() for name in source.names]).double()
+    gradients = [g / g.norm() for g in training_gradients(parts, 7)]
+    assert scores[7] == pytest.approx(float(torch.stack(gradients).mean(dim=0) @ flat), rel=1e-3)
+    assert not np.allclose(scores, attributor(plain, "m", "cpu").scores(QUERY), rtol=0.1)
 
 
 def test_a_killed_pass_goes_on_where_it_was(tiny, monkeypatch):

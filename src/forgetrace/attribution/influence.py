@@ -88,7 +88,15 @@ class InnerProducts(Together):
 
     def reduce(self, found: np.ndarray) -> np.ndarray:
         """Inner products and squared norms (N, T, queries + 1) of all draws -> scores (N, queries)."""
-        return found[:, :, :-1].mean(axis=1, dtype=float)
+        products = found[:, :, :-1]
+        if self.unit_length:
+            products = products / np.maximum(np.sqrt(found[:, :, -1:]), np.finfo(np.float32).tiny)
+        return products.mean(axis=1, dtype=float)
+
+    @property
+    def unit_length(self) -> bool:
+        """Whether the gradient of a training image is scaled to length 1 at every timestep."""
+        return self.options.unit_length
 
     def weight_of(self, weights: str) -> float:
         """What the inner products at these weights are multiplied by."""
@@ -125,8 +133,8 @@ class TracIn(InnerProducts):
         return read_tensors_provenance(weights)["learning_rate"]
 
     def directions(self, gradients: Gradients, queries: list[str]) -> dict:
-        """The query's gradient."""
-        return gradients.of_queries(queries, self.options.noises or NOISES, unit_length=False)
+        """Mean over timesteps of the query's gradients, each of the mean loss over the noises."""
+        return gradients.of_queries(queries, self.options.noises or NOISES, self.unit_length)
 
 
 class ReTrac(TracIn):
@@ -134,21 +142,14 @@ class ReTrac(TracIn):
 
     summary = "TracIn with the gradient of every timestep scaled to length 1 (Diffusion-ReTrac)"
 
-    def directions(self, gradients: Gradients, queries: list[str]) -> dict:
-        """Mean over timesteps of the query's normalised gradients, each of the mean loss over the noises."""
-        return gradients.of_queries(queries, self.options.noises or NOISES, unit_length=True)
-
-    def reduce(self, found: np.ndarray) -> np.ndarray:
-        """Mean over timesteps of the inner products of normalised gradients."""
-        norms = np.sqrt(found[:, :, -1:])
-        return (found[:, :, :-1] / np.maximum(norms, np.finfo(np.float32).tiny)).mean(axis=1, dtype=float)
+    unit_length = True
 
 
 class Influence(InnerProducts):
     """Influence function with the Fisher as curvature."""
 
     summary = "influence function: inner product weighted by the inverse Fisher, diagonal or EK-FAC"
-    reads = InnerProducts.reads | {"damping", "curvature"}
+    reads = InnerProducts.reads | {"damping", "curvature", "unit_length"}
 
     def models(self) -> list[str]:
         """θ0."""
@@ -168,7 +169,7 @@ class DataInf(InnerProducts):
     """Influence function with DataInf's approximate inverse."""
 
     summary = "influence function with the mean of inverses in place of the inverse of the mean (DataInf)"
-    reads = InnerProducts.reads | {"damping"}
+    reads = InnerProducts.reads | {"damping", "unit_length"}
 
     def models(self) -> list[str]:
         """θ0."""
