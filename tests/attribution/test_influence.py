@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from forgetrace.artifacts import UserError, read_table, read_tensors_provenance
-from forgetrace.attribution.inner_products import products
 from forgetrace.attribution.gradients import Gradients
+from forgetrace.attribution.inner_products import products
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.scan import scan
 from forgetrace.attribution.score import score
