@@ -181,19 +181,23 @@ def tune(
     values: Annotated[str, typer.Option(help="What to try, separated by commas.")],
     table: Annotated[Path | None, typer.Option(help="Also write every query's score, as .csv.")] = None,
     partial: Annotated[bool, typer.Option(help="Make do with the random halves trained so far.")] = False,
+    leave_out: Annotated[
+        int | None,
+        typer.Option(help="Judge by a training without so many top images of every tuning query.", min=1),
+    ] = None,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
-    """Choose an option of a method by the linear datamodeling score (LDS) of tuning queries."""
+    """Choose an option of a method on tuning queries, by linear datamodeling score (LDS) or leaving images out."""
     layout = _experiment(config)
     _use(threads)
     from forgetrace.artifacts import write_table
-    from forgetrace.evaluation.tune import best, tune
+    from forgetrace.evaluation.tune import best, judged_by, tune
 
-    tried = tune(layout, method, option, values.split(","), device, partial)
+    tried = tune(layout, method, option, values.split(","), device, partial, leave_out)
     if table:
         write_table(table, tried)
-    summary = tried.groupby("value", sort=False)["lds"].agg(["mean", "sem", "count"])
+    summary = tried.groupby("value", sort=False)[judged_by(tried)].agg(["mean", "sem", "count"])
     typer.echo(summary.to_string(float_format="{:.4f}".format))
     typer.echo(f"{method}.{option}: {best(tried)}")
 
@@ -312,8 +316,9 @@ def tidy(
         wanted |= set(attributor(layout, method).inputs(layout.config.queries()[0]))
     unfinished = {Path(folder) for folder in layout.unfinished()}
     made = ("report.html", "rules.dot", "rules.svg")  # by make report and make dag
+    chosen = {Path(layout.root, command) for command in ("tune", "sweep")}  # what the config's values rest on
     for path in sorted(path for path in Path(layout.root).rglob("*") if path.is_file()):
-        if path.as_posix() not in wanted and path.name not in made and unfinished.isdisjoint(path.parents):
+        if path.as_posix() not in wanted and path.name not in made and (unfinished | chosen).isdisjoint(path.parents):
             typer.echo(path)
             if remove:
                 path.unlink()

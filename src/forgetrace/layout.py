@@ -229,6 +229,10 @@ class Layout:
         """What one model says of every query (JSON), for models of random halves and of pools."""
         return f"{self.root}/retrain/measures/{method}/k{k}/{member}.json"
 
+    def tuned(self, key: str) -> str:
+        """What a model said of the tuning queries that was trained without their top images, by its fingerprint."""
+        return f"{self.root}/tune/models/{key[:16]}.json"
+
     def half_models(self) -> list[tuple[str, int, str]]:
         """(method, k, member) of the models of random halves: draw<i>, then draw<i>-seed<j>."""
         retrain = self.config.retrain

@@ -4,13 +4,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import spearmanr
 
-from forgetrace.artifacts import UserError, read_table, write_json
+from forgetrace.artifacts import UserError, read_arrays, read_table, write_json
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.unlearning import Unlearning
+from forgetrace.counterfactual.measure import query_losses
 from forgetrace.counterfactual.sets import half
+from forgetrace.diffusion.model import load_unet
 from forgetrace.diffusion.synthesis import synthesize
+from forgetrace.diffusion.training import Training, train
+from forgetrace.encoding.store import load_encoded
 from forgetrace.evaluation import tune as module
 from forgetrace.evaluation.tune import best, tune
 from forgetrace.layout import Layout
@@ -126,3 +131,35 @@ def test_what_is_no_value_is_named(tiny):
     with pytest.raises(UserError, match=r"--values: '\[' is no value"):
         tune(with_halves(tiny), "unlearn", "step_size", ["["], "cpu")
     assert [module._parsed(text) for text in ("1e-3", " ekfac", "10", "null")] == [1e-3, "ekfac", 10.0, None]
+
+
+def test_a_value_is_judged_by_a_model_without_the_tops_of_all_tuning_queries(tiny, monkeypatch):
+    """Against a training by hand; without a half anywhere, and once for each set of images."""
+    queries = [{"pool": "report", "count": 1}, {"pool": "tuning", "count": 2}]
+    layout = replace(tiny, config=settings(synthesize={"queries": queries}))
+    for query in layout.config.queries():
+        if not Path(layout.query(query)["record"]).exists():
+            synthesize(layout, query, "cpu")
+    with pytest.raises(UserError, match=r"retrain.subsets\) or --leave-out K"):
+        tune(layout, "unlearn", "step_size", ["1e-4"], "cpu")
+    rankings = {"tuning-00": np.arange(40.0), "tuning-01": -np.arange(40.0)}
+    monkeypatch.setattr(module, "_scores", lambda *_: rankings)
+    table = tune(layout, "unlearn", "step_size", ["1e-4", "1e-3"], "cpu", leave_out=6)
+    assert table.columns.tolist() == ["value", "query", "delta_loss", "removed"]
+    assert (table["removed"] == 12).all()
+    encoded = load_encoded(layout)
+    removed = np.zeros(40, dtype=bool)
+    removed[[*range(6), *range(34, 40)]] = True
+    weights, _, _ = train(layout, encoded, Training("by-hand", 5, removed), "cpu")
+    unet, theta0 = (load_unet(layout, torch.device("cpu")) for _ in range(2))
+    unet.load_state_dict(weights)
+    for _, row in table.iterrows():
+        arrays = read_arrays(layout.query(row["query"])["tensors"])
+        rise = query_losses(layout, unet, arrays)[1].mean() - query_losses(layout, theta0, arrays)[1].mean()
+        assert row["delta_loss"] == pytest.approx(rise, abs=1e-7)
+    assert best(table) == "1e-4"  # of equals the first
+    assert len(list(Path(layout.root, "tune/models").iterdir())) == 1
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("what is there was trained again"))
+    pd.testing.assert_frame_equal(tune(layout, "unlearn", "step_size", ["1e-4", "1e-3"], "cpu", leave_out=6), table)
+    with pytest.raises(UserError, match=r"--leave-out: 20 images of each query are all there are"):
+        tune(layout, "unlearn", "step_size", ["1e-4"], "cpu", leave_out=20)

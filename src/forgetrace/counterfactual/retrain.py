@@ -58,7 +58,7 @@ def retrain(layout: Layout, method: str, k: int, member: str, device: str = "aut
     if keeps_weights:
         _keep(layout, path, weights, record)
     if not shared:
-        unet = _model(layout, encoded, weights, pick_device(device))
+        unet = retrained_unet(layout, encoded, weights, pick_device(device))
         measure(layout, unet, (method, k, member), member, measured)
     discard_checkpoints(layout, training.name)
 
@@ -78,7 +78,7 @@ def retrain_measured(layout: Layout, method: str, k: int, member: str, device: s
     trained = training_key(layout, training, resolve_precision(layout.config.train.precision, target))
     keys = {query: measure_key(layout, query, trained) for query in layout.config.queries()}
     path, weights_path = layout.losses(method, k, member), layout.retrained(method, k, member)
-    known = _known(path, keys)
+    known = measured_before(path, keys)
     missing = [query for query in keys if query not in known]
     keeps_weights, is_trained = layout.config.retrain.keep_weights, _is_trained(weights_path, trained)
     if not missing and (is_trained or not keeps_weights):
@@ -92,7 +92,7 @@ def retrain_measured(layout: Layout, method: str, k: int, member: str, device: s
             return
         if keeps_weights:
             _keep(layout, weights_path, weights, record)
-        unet = _model(layout, encoded, weights, target)
+        unet = retrained_unet(layout, encoded, weights, target)
     # Rounding differs between processors, and other queries may have been measured elsewhere.
     own = {"processor": processor_name(target)}
     found = {query: {"key": keys[query]} | own | brief_measure(layout, unet, query) for query in missing}
@@ -107,7 +107,7 @@ def _keep(layout: Layout, path: str, weights: dict[str, torch.Tensor], record: d
     write_tensors(path, weights, made_by | record)
 
 
-def _known(path: str, keys: dict[str, str]) -> dict[str, dict]:
+def measured_before(path: str, keys: dict[str, str]) -> dict[str, dict]:
     """What an earlier run wrote of the queries whose fingerprint still holds."""
     try:
         written = read_json(path)["queries"]
@@ -116,7 +116,10 @@ def _known(path: str, keys: dict[str, str]) -> dict[str, dict]:
         return {}  # not there, or not whole
 
 
-def _model(layout: Layout, encoded: Encoded, weights: dict, device: torch.device) -> UNet2DConditionModel:
+def retrained_unet(
+    layout: Layout, encoded: Encoded, weights: dict[str, torch.Tensor], device: torch.device
+) -> UNet2DConditionModel:
+    """A model with the weights that a training returned, ready to be asked."""
     shape, width = tuple(encoded.latents.shape[1:]), encoded.captions.shape[2]
     unet = build_unet(layout.config.train, shape, width, seed=0)
     unet.load_state_dict(weights)

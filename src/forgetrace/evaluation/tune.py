@@ -1,4 +1,8 @@
-"""``forgetrace tune``: an option of a method, chosen by the linear datamodeling score of tuning queries.
+"""``forgetrace tune``: an option of a method, chosen on tuning queries by either of two counterfactuals.
+
+The linear datamodeling score costs no training once the halves are there, and tells little where an image matters
+little: half of its top images stay in every half. Leaving out the top K of all tuning queries together costs a training
+per value and moves every query's loss by many times what trainings differ.
 
 No counterfactual of a reported query is looked at. What an unlearning variant leaves for a value is kept under the
 name of its settings, so that a killed run goes on with the next; ``forgetrace tidy`` finds it when it is over.
@@ -18,11 +22,19 @@ from forgetrace.artifacts import (
     read_tensors_provenance,
     sha256_of,
     stage_versions,
+    write_json,
 )
+from forgetrace.attribution.ranking import rank
 from forgetrace.attribution.registry import attributor, check_methods
 from forgetrace.attribution.scan import scan
 from forgetrace.config import Config, parse_config
+from forgetrace.counterfactual.measure import brief_measure, measure_key
+from forgetrace.counterfactual.retrain import measured_before, retrained_unet
 from forgetrace.curvature.fit import fit
+from forgetrace.diffusion.device import pick_device, resolve_precision
+from forgetrace.diffusion.model import load_unet
+from forgetrace.diffusion.training import Training, discard_checkpoints, train, training_key
+from forgetrace.encoding.store import load_encoded
 from forgetrace.evaluation.lds import correlations, read_halves
 from forgetrace.layout import Layout
 from forgetrace.unlearning.variants import unlearn_query
@@ -31,31 +43,47 @@ POOL = "tuning"
 
 
 def tune(
-    layout: Layout, method: str, option: str, values: list[str], device: str = "auto", partial: bool = False
+    layout: Layout,
+    method: str,
+    option: str,
+    values: list[str],
+    device: str = "auto",
+    partial: bool = False,
+    leave_out: int | None = None,
 ) -> pd.DataFrame:
     """Score the tuning queries with every value of an option.
 
     Args:
-        layout: an experiment whose halves are measured on queries of the tuning pool.
+        layout: an experiment with queries of the tuning pool and, without ``leave_out``, halves measured on them.
         method: one of ``score.methods``.
         option: a key of its entry, or, with unlearning, of its variant.
         values: of the option, as YAML.
         device: where to compute.
         partial: make do with the halves that have been measured.
+        leave_out: K top images of each tuning query to leave out together, instead of halves.
 
     Returns:
-        value, query, lds, halves; one row per value and tuning query.
+        value, query, then lds and halves, or delta_loss (above θ0's) and removed; a row per value and tuning query.
 
     Raises:
         UserError: no tuning query or no half, or a value that the option cannot have.
     """
     queries = [query for query in layout.config.queries() if layout.config.origin(query) == POOL]
-    if not queries or not layout.config.retrain.subsets:
-        raise UserError(
-            "Tuning needs queries of the tuning pool under synthesize.queries and models of random halves "
-            "(retrain.subsets): add them to the config and run the experiment's retrainings."
-        )
+    if not queries:
+        raise UserError("Tuning needs queries of the tuning pool: add them under synthesize.queries.")
     trials = {value: _with(layout, method, option, _parsed(value)) for value in values}
+    if leave_out:
+        rows = []
+        for value, trial in trials.items():
+            scores = _scores(trial, method, queries, device)
+            rises, removed = rise_without(layout, queries, scores, leave_out, device)
+            rows += [(value, query, rises[query], removed) for query in queries]
+        return pd.DataFrame(rows, columns=["value", "query", "delta_loss", "removed"])
+    if not layout.config.retrain.subsets:
+        raise UserError(
+            "Tuning needs models of random halves (retrain.subsets) or --leave-out K: add the key to the config and "
+            "run the experiment's retrainings, or give the option."
+        )
     halves = read_halves(layout, partial)
     if not len(halves.kept):
         raise UserError("No model of a random half has been trained yet: run the experiment's retrainings first.")
@@ -69,8 +97,50 @@ def tune(
 
 def best(table: pd.DataFrame) -> str:
     """The value with the highest mean; of equals the first."""
-    means = table.groupby("value", sort=False)["lds"].mean()
+    means = table.groupby("value", sort=False)[judged_by(table)].mean()
     return str(means.idxmax())
+
+
+def judged_by(table: pd.DataFrame) -> str:
+    """The column of :func:`tune`'s table that values are chosen by, the higher the better."""
+    return "lds" if "lds" in table else "delta_loss"
+
+
+def rise_without(
+    layout: Layout, queries: list[str], scores: dict[str, np.ndarray], k: int, device: str
+) -> tuple[dict[str, float], int]:
+    """How much the loss of each query rises above θ0's without the k top images of all of them, and how many those are.
+
+    What the model said is kept: the same images are not left out twice.
+
+    Args:
+        layout: the experiment.
+        queries: those with scores.
+        scores: by query, (N,).
+        k: of each query.
+        device: where to train.
+
+    Raises:
+        UserError: nothing would be left to train on, or as :func:`forgetrace.diffusion.training.train`.
+    """
+    encoded, target = load_encoded(layout), pick_device(device)
+    tops = [rank(encoded.image_ids, scores[query]).nsmallest(k, "rank")["image_id"] for query in queries]
+    removed = np.isin(encoded.image_ids, np.concatenate(tops))
+    if removed.all():
+        raise UserError(f"--leave-out: {k} images of each query are all there are; choose a smaller K.")
+    name = f"tune-{fingerprint(np.flatnonzero(removed).tolist())[:12]}"  # the folder of its checkpoints
+    training = Training(name, layout.config.seed, removed)
+    key = training_key(layout, training, resolve_precision(layout.config.train.precision, target))
+    keys = {query: measure_key(layout, query, key) for query in queries}
+    path = layout.tuned(key)
+    if (said := measured_before(path, keys)).keys() != keys.keys():
+        weights, _, _ = train(layout, encoded, training, device)
+        unet = retrained_unet(layout, encoded, weights, target)
+        said = {query: {"key": keys[query]} | brief_measure(layout, unet, query) for query in queries}
+        write_json(path, {"removed": int(removed.sum()), "queries": said})
+        discard_checkpoints(layout, training.name)
+    theta0 = load_unet(layout, target)
+    return {q: said[q]["loss"] - brief_measure(layout, theta0, q)["loss"] for q in queries}, int(removed.sum())
 
 
 def _parsed(value: str) -> object:
