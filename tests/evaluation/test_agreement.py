@@ -58,14 +58,16 @@ def test_equal_scores_share_a_rank_and_a_flat_method_agrees_with_none(layout):
     assert row_of(table, metric="spearman", method_a="unlearn", method_b="pixel-l2")["mean"] == pytest.approx(expected)
 
 
-def test_a_query_that_a_method_has_not_scored(layout):
+def test_a_method_that_has_not_scored_every_query(layout):
     Path(layout.score("pixel-l2", "report-02")).unlink()
     with pytest.raises(UserError, match=r"pixel-l2/report-02.parquet is missing"):
         agreement(layout)
-    assert set(agreement(layout, partial=True)["n_queries"]) == {3}
+    table = agreement(layout, partial=True)
+    assert set(zip(table["method_a"], table["method_b"], strict=True)) == {("unlearn", "random")}
+    assert set(table["n_queries"]) == {4}
     for query in layout.config.queries():
         Path(layout.score("unlearn", query)).unlink()
-    assert agreement(layout, partial=True).empty
+    assert agreement(layout, partial=True).empty  # random alone has nobody to agree with
 
 
 def test_a_ranking_of_other_images_is_refused(layout):

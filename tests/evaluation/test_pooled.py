@@ -112,6 +112,11 @@ def test_methods_whose_pools_are_not_all_trained_when_asked(layout):
     Path(layout.measure("base", 0, "base", "report-01")["losses"]).unlink()
     tables.evaluate(layout, flat_encoder, partial=True)
     assert set(read_table(layout.table("pooled"))["n_queries"]) == {3}
+    record = read_json(layout.losses("pixel-l2", 3, "pool0"))
+    del record["queries"]["report-03"]  # a query that was added after this training
+    write_json(layout.losses("pixel-l2", 3, "pool0"), record)
+    tables.evaluate(layout, flat_encoder, partial=True)
+    assert set(read_table(layout.table("pooled"))["method"]) == {"unlearn"}
 
 
 def test_p_is_of_the_paired_differences(layout):

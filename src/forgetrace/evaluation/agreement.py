@@ -24,17 +24,18 @@ def agreement(layout: Layout, partial: bool = False) -> pd.DataFrame:
 
     Args:
         layout: the experiment.
-        partial: make do with the queries that all methods have scored.
+        partial: make do with the methods that have scored every reported query.
 
     Raises:
         UserError: a ranking is missing or damaged.
     """
     image_ids, found = read_table(layout.index)["image_id"].tolist(), []
-    methods = list(layout.config.score.methods)
-    for query in layout.config.reported_queries():
-        if not partial or all(Path(layout.score(method, query)).exists() for method in methods):
-            rankings = [read_ranking(layout, method, query, image_ids) for method in methods]
-            found.append(_of_query(rankings, layout.config.retrain.k))
+    methods, queries = list(layout.config.score.methods), layout.config.reported_queries()
+    if partial:
+        methods = [method for method in methods if all(Path(layout.score(method, query)).exists() for query in queries)]
+    for query in queries if methods else []:
+        rankings = [read_ranking(layout, method, query, image_ids) for method in methods]
+        found.append(_of_query(rankings, layout.config.retrain.k))
     rows = []
     for key in found[0] if found else []:
         for a, b in combinations(range(len(methods)), 2):

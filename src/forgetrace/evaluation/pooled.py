@@ -9,15 +9,13 @@ Every judged query is the target of one pool's model and a control of all others
 queries of a pool share its model; intervals and tests, which are over queries, take them as independent.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
 from forgetrace.artifacts import read_table
 from forgetrace.config import RANDOM
 from forgetrace.counterfactual.sets import top
-from forgetrace.evaluation.measures import THETA0, Model, asked_queries, read_brief, read_measure
+from forgetrace.evaluation.measures import THETA0, Model, asked_queries, asks_all, read_brief, read_measure
 from forgetrace.evaluation.statistics import bootstrap_means, holm, interval, sign_flip_test, standard_error
 from forgetrace.layout import Layout
 
@@ -48,7 +46,7 @@ def pooled(layout: Layout, partial: bool = False) -> pd.DataFrame:
             for method in sorted(config.score.methods, key=lambda method: method == RANDOM)
         }
         if partial:
-            models = {m: own for m, own in models.items() if all(Path(layout.losses(*model)).exists() for model in own)}
+            models = {m: own for m, own in models.items() if all(asks_all(layout, model) for model in own)}
         sizes = {method: _sizes(layout, method, k) for method in models}
         for metric in METRICS:
             samples = {method: _values(layout, own, queries, metric) for method, own in models.items()}
