@@ -6,8 +6,7 @@ Nothing here imports torch: Snakemake asks while it reads the rules.
 import numpy as np
 
 from forgetrace.artifacts import UserError, read_json
-from forgetrace.datasets.prepare import TRAIN, split_captions
-from forgetrace.datasets.registry import SOURCES
+from forgetrace.datasets.prepare import TRAIN, count_trained, examples_of, image_shape, split_captions
 from forgetrace.encoding.latents import to_latents
 from forgetrace.layout import Layout
 
@@ -33,8 +32,8 @@ def _shape_and_count(layout: Layout) -> tuple[list[int], int]:
         manifest = read_json(layout.data_manifest)
         return manifest["image_shape"], manifest["counts"][TRAIN]
     except (UserError, KeyError):
-        pass  # not prepared yet, or to be made again: a second's work tells
+        pass  # not prepared yet, or to be made again: the source tells in seconds
     settings = layout.config.prepare
-    examples = list(SOURCES[settings.dataset](settings.seed))
-    held_out = {caption for pool in split_captions(examples, settings).values() for caption in pool}
-    return list(examples[0].image.shape), sum(example.caption not in held_out for example in examples)
+    examples = examples_of(settings)
+    held_out = [caption for pool in split_captions(examples, settings).values() for caption in pool]
+    return image_shape(settings, examples), count_trained(examples, held_out)

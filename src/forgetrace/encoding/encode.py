@@ -1,6 +1,7 @@
 """The ``encode`` stage: the training images as memory-mappable latents, the captions as token states."""
 
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -10,20 +11,24 @@ from forgetrace.artifacts import (
     fingerprint,
     provenance,
     read_array,
-    read_image,
     read_json,
     sha256_of,
     write_array,
+    write_array_in_parts,
     write_json,
     write_table,
 )
+from forgetrace.datasets.contract import captions_of
+from forgetrace.datasets.images import TrainingImages
 from forgetrace.datasets.prepare import TRAIN, read_metadata
 from forgetrace.encoding.latents import to_latents
 from forgetrace.encoding.text import WEIGHTS_SHA256, token_states
 from forgetrace.layout import Layout
+from forgetrace.progress import progress
 from forgetrace.randomness import generator
 
 EMPTY = ""
+AT_ONCE = 256  # images in memory
 
 
 def encode(layout: Layout) -> None:
@@ -32,10 +37,8 @@ def encode(layout: Layout) -> None:
     Raises:
         UserError: an image is missing, truncated or of another size than the rest.
     """
-    settings = layout.config.encode
     rows = _training_rows(layout)
-    shape = tuple(read_json(layout.data_manifest)["image_shape"])
-    pixels = np.stack([_image(f"{layout.data}/{row['file_name']}", shape) for row in rows])
+    shape = read_json(layout.data_manifest)["image_shape"]
     captions = [*sorted({row["text"] for row in rows}), EMPTY]
     row_of = {caption: i for i, caption in enumerate(captions)}
     index = pd.DataFrame(
@@ -46,7 +49,9 @@ def encode(layout: Layout) -> None:
             "caption_row": [row_of[row["text"]] for row in rows],
         }
     )
-    write_array(layout.latents, to_latents(pixels, settings.factor))
+    latents = _latents(layout, [row["file_name"] for row in rows], tuple(shape))
+    first = next(latents)
+    write_array_in_parts(layout.latents, (len(rows), *first.shape[1:]), chain([first], latents))
     write_array(layout.captions, token_states(captions))
     made_by = provenance(layout.config.digest_of("encode"), {"metadata": layout.metadata, "data": layout.data_manifest})
     write_table(layout.index, index, made_by)
@@ -54,7 +59,7 @@ def encode(layout: Layout) -> None:
         layout.encode_manifest,
         {
             "images": len(rows),
-            "image_shape": list(pixels.shape[1:]),
+            "image_shape": shape,
             "latent_shape": list(read_array(layout.latents, mmap=True).shape[1:]),
             "caption_shape": list(read_array(layout.captions, mmap=True).shape[1:]),
             # Equal on every machine, unlike the bits a text encoder computes on another CPU.
@@ -70,7 +75,9 @@ def _files(layout: Layout) -> dict[str, str]:
 
 
 def _training_rows(layout: Layout) -> list[dict]:
-    rows = [row for row in read_metadata(layout.metadata) if row["split"] == TRAIN]
+    rows = [
+        row | {"text": captions_of(row["text"])[0]} for row in read_metadata(layout.metadata) if row["split"] == TRAIN
+    ]
     limit = layout.config.encode.max_images
     if limit is None or limit >= len(rows):
         return rows
@@ -78,13 +85,17 @@ def _training_rows(layout: Layout) -> list[dict]:
     return [rows[i] for i in sorted(chosen)]
 
 
-def _image(path: str, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        pixels = read_image(path)
-        problem = None if pixels.shape == shape else f"has shape {pixels.shape}, the dataset has {shape}"
-    except UserError:
-        problem = "is missing or damaged"
-    if problem:
-        folder = Path(path).parents[1]
-        raise UserError(f"{path} {problem}: delete {folder}/manifest.json and run again to rebuild the dataset.")
-    return pixels
+def _latents(layout: Layout, file_names: list[str], shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Latents of so many images at a time, (n, C, H, W), float32."""
+    read = TrainingImages(layout)
+    with progress(total=len(file_names), unit="image", what="encoding images") as bar:
+        for start in range(0, len(file_names), AT_ONCE):
+            images = {name: read(name) for name in file_names[start : start + AT_ONCE]}
+            for name, pixels in images.items():
+                if pixels.shape != shape:
+                    raise UserError(
+                        f"{layout.data}/{name} has shape {pixels.shape}, the dataset has {shape}: "
+                        f"delete {layout.data_manifest} and run again to rebuild the dataset."
+                    )
+            yield to_latents(np.stack(list(images.values())), layout.config.encode.factor)
+            bar.update(len(images))

@@ -9,15 +9,20 @@ from io import StringIO
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from forgetrace.artifacts import read_json, write_json
+from forgetrace.datasets.contract import captions_of
+from forgetrace.datasets.images import TrainingImages
 from forgetrace.datasets.prepare import TRAIN, prepare, read_metadata
 from forgetrace.figures.catalogue import draw
 from forgetrace.layout import Layout
 from forgetrace.planning import work
+
+if TYPE_CHECKING:
+    from forgetrace.encoding.store import Encoded
 
 IMAGES, CAPTIONS = 256, 64  # of the training data, for units with torch
 
@@ -59,7 +64,7 @@ def calibrate(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     Raises:
         UserError: what the config or the device asks for cannot work here.
     """
-    units = {}
+    layout, units = anywhere(layout), {}
     for start, module in ((work.START, "figures.training"), (work.TORCH, "counterfactual.retrain")):
         job = [sys.executable, "-c", f"import forgetrace.cli, forgetrace.{module}"]
         units[start] = rate(lambda _, job=job: subprocess.run(job, check=True), seconds=0, whose=RUSAGE_CHILDREN)
@@ -69,9 +74,48 @@ def calibrate(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     return units | found, facts
 
 
+def anywhere(layout: Layout) -> Layout:
+    """The layout that finds one's own images from another folder."""
+    settings = layout.config.prepare
+    if settings.path is None:
+        return layout
+    moved = settings.model_copy(update={"path": str(Path(settings.path).absolute())})
+    return Layout(layout.name, layout.config.model_copy(update={"prepare": moved}))
+
+
+def stand_in(shape: list[int], factor: int, captions: list[str]) -> "Encoded":
+    """Encoded images of noise of the given pixel shape, with real captions."""
+    import torch
+
+    from forgetrace.encoding.latents import to_latents
+    from forgetrace.encoding.store import Encoded
+    from forgetrace.encoding.text import token_states
+
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, *shape), dtype=np.uint8)
+    states = torch.from_numpy(token_states(captions))
+    ids = list(map(str, range(IMAGES)))
+    return Encoded(ids, to_latents(pixels, factor), states, torch.arange(IMAGES) % len(captions))
+
+
+def training_step(layout: Layout, encoded: "Encoded", device: str) -> Unit:
+    """The unit of training; leaves the process as a training does, with its threads and settings."""
+    from forgetrace.diffusion.training import Training, train
+
+    def steps(n: int) -> None:
+        # No warm-up and no checkpoint in so few steps, and no divergence at so small a rate.
+        few = {"steps": n, "warmup_steps": 0, "checkpoint_every": n, "learning_rate": 1e-9}
+        recipe = layout.config.model_copy(update={"train": layout.config.train.model_copy(update=few)})
+        train(Layout(layout.name, recipe), encoded, Training("any", 0, np.zeros(IMAGES, dtype=bool)), device)
+
+    write_json(layout.encode_manifest, {"source": "calibration"})  # a training's key holds it
+    return rate(steps)
+
+
 def light(layout: Layout) -> dict[str, Unit]:
     """Units without torch; leaves the dataset in the current folder."""
-    units = {work.PREPARED: rate(lambda _: prepare(layout.config.prepare, layout.data), seconds=0)}
+    units = {work.PREPARED: rate(lambda _: prepare(layout.config.prepare, layout.data, look=False), seconds=0)}
+    read, names = TrainingImages(layout), [row["file_name"] for row in read_metadata(layout.metadata)]
+    units[work.IMAGE] = rate(lambda n: [read(names[i % len(names)]) for i in range(n)])
     Path(layout.model).mkdir(parents=True)
     Path(layout.curve).write_text("step,loss,learning_rate\n1,1,1\n2,1,1\n")
     return units | {work.FIGURE: rate(lambda _: draw(layout, "training"), seconds=0)}
@@ -87,22 +131,18 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     from forgetrace.diffusion.inference import for_inference
     from forgetrace.diffusion.model import build_scheduler, build_unet, frozen
     from forgetrace.diffusion.sampling import sample
-    from forgetrace.diffusion.training import Training, train
-    from forgetrace.encoding.latents import to_latents
-    from forgetrace.encoding.store import Encoded
     from forgetrace.encoding.text import token_states
     from forgetrace.unlearning.step import BATCH, Query, query_gradient, query_loss
     from forgetrace.unlearning.subsets import select
 
     torch.set_num_threads(1)
     config, target, rows = layout.config, pick_device(device), read_metadata(layout.metadata)
-    texts = [row["text"] for row in rows if row["split"] == TRAIN]
+    trained = [captions_of(row["text"]) for row in rows if row["split"] == TRAIN]
+    texts = [caption for captions in trained for caption in captions]
     captions = sorted(set(texts), key=len)[-CAPTIONS:]
     units = {work.CAPTION: rate(lambda n: token_states(captions * n), len(captions))}
-    shape, states = read_json(layout.data_manifest)["image_shape"], torch.from_numpy(token_states(captions))
-    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, *shape), dtype=np.uint8)
-    latents, nothing = to_latents(pixels, config.encode.factor), np.zeros(IMAGES, dtype=bool)
-    encoded = Encoded(list(map(str, range(IMAGES))), latents, states, torch.arange(IMAGES) % len(captions))
+    encoded = stand_in(read_json(layout.data_manifest)["image_shape"], config.encode.factor, captions)
+    latents, states = encoded.latents, encoded.captions
     scheduler = build_scheduler(config.train)
     unet, scanned = (frozen(build_unet(config.train, latents.shape[1:], states.shape[2], 0), target) for _ in range(2))
     query, bank = Query("any", torch.from_numpy(latents[0]), states[0]), scan_noise(layout, encoded, scheduler)
@@ -119,20 +159,13 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
         losses = np.full((IMAGES, draws), np.nan, dtype=np.float32)
         scan_losses(scanner, scheduler, encoded, bank, losses, batch, np.arange(n * block) % IMAGES)
 
-    def steps(n: int) -> None:
-        # No warm-up and no checkpoint in so few steps, and no divergence at so small a rate.
-        few = {"steps": n, "warmup_steps": 0, "checkpoint_every": n, "learning_rate": 1e-9}
-        recipe = config.model_copy(update={"train": config.train.model_copy(update=few)})
-        train(Layout(layout.name, recipe), encoded, Training("any", 0, nothing), device)
-
     def gradients(n: int) -> None:
         query_gradient(unet, scheduler, query, list(sizes), range(n * BATCH), 0)["conv_in.weight"].cpu()
 
     units[work.SAMPLER] = rate(samples, sampler.sampler_steps * (1 if sampler.guidance == 1 else 2))
     units[work.LOSS] = rate(lambda n: query_loss(unet, scheduler, query, 0, n * BATCH), BATCH)
     units[work.SCAN] = rate(scans, block * draws)
-    write_json(layout.encode_manifest, {"source": "calibration"})  # a training's key holds it
-    units[work.STEP] = rate(steps)
+    units[work.STEP] = training_step(layout, encoded, device)
     torch.use_deterministic_algorithms(False)  # which trainings want, like their threads
     torch.set_num_threads(1)
     units[work.GRADIENT] = rate(gradients, BATCH)
@@ -144,8 +177,9 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
 
         units[unit] = rate(fit, passes * chunk)
     changed = sum(sizes[name] for variant in config.unlearn.values() for name in select(sizes, variant.weights))
-    images = min(len(texts), config.encode.max_images or len(texts))
-    facts = {"pictures": len(rows), "images": images, "captions": 1 + min(images, len(set(texts)))}
+    images = min(len(trained), config.encode.max_images or len(trained))
+    distinct = min(len(texts) * images // len(trained), len(set(texts)))
+    facts = {"pictures": len(rows), "images": images, "captions": 1 + distinct}
     facts |= {"weights": sum(sizes.values()), "latent": latents[0].nbytes, "states": states[0].nbytes}
     tensors = [tensor for factors in fits.values() for tensor in factors.values()]
     return units, facts | {"changed": changed, "fitted": sum(t.nbytes for t in tensors), "device": target.type}
