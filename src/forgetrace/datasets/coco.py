@@ -61,7 +61,7 @@ def _annotated(file: Path) -> list[tuple[str, list[str]]]:
         from pycocotools.coco import COCO
     except ImportError:
         raise UserError(
-            'dataset coco is read with the package pycocotools, which is not installed: run `pip install "pycocotools"`.'
+            "dataset coco is read with the package pycocotools, which is not installed: run `pip install pycocotools`."
         ) from None
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # it prints while it reads

@@ -97,8 +97,8 @@ def stand_in(shape: list[int], factor: int, captions: list[str]) -> "Encoded":
     return Encoded(ids, to_latents(pixels, factor), states, torch.arange(IMAGES) % len(captions))
 
 
-def training_step(layout: Layout, encoded: "Encoded", device: str) -> Unit:
-    """The unit of training; leaves the process as a training does, with its threads and settings."""
+def training_step(layout: Layout, encoded: "Encoded", device: str, seconds: float = 0.3) -> Unit:
+    """The unit of training, as :func:`rate` times it; leaves the process with a training's threads and settings."""
     from forgetrace.diffusion.training import Training, train
 
     def steps(n: int) -> None:
@@ -108,7 +108,7 @@ def training_step(layout: Layout, encoded: "Encoded", device: str) -> Unit:
         train(Layout(layout.name, recipe), encoded, Training("any", 0, np.zeros(IMAGES, dtype=bool)), device)
 
     write_json(layout.encode_manifest, {"source": "calibration"})  # a training's key holds it
-    return rate(steps)
+    return rate(steps, seconds=seconds)
 
 
 def light(layout: Layout) -> dict[str, Unit]:

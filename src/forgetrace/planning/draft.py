@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from contextlib import chdir, redirect_stderr
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -28,6 +29,7 @@ DISTINCT = 40  # captions; with fewer, holding some out would take too much of t
 MINUTES = 5  # of one training
 FEW_STEPS, MANY_STEPS = 1000, {"cpu": 5000, "cuda": 20_000}
 MOST_IMAGES = {"cpu": 5000, "cuda": 50_000}
+TIMED = 3  # seconds of training steps: the number of steps hangs on it
 LOOKED_AT = 200  # images whose size is looked at
 ALPHA = 1.8e-8  # step size of unlearning per training image: what `forgetrace sweep` found for the digits
 
@@ -119,7 +121,7 @@ def init(name: str, data: str, device: str) -> tuple[Path, str]:
     distinct = {caption for example in examples for caption in captions_of(example.caption)}
     held = max(4, min(60, len(distinct) // 20)) if len(distinct) >= DISTINCT else 0
     pools = Prepare(dataset="folder", path=data, size=1, tuning_captions=held, report_captions=held)
-    trained = count_trained(examples, sum(split_captions(examples, pools).values(), []))
+    trained = count_trained(examples, list(chain(*split_captions(examples, pools).values())))
     if trained < FEWEST:
         raise UserError(f"{data} has only {trained} images to train on: attribution needs {FEWEST} or more.")
     text, summary = _text(name, file, data, device, examples, len(distinct), held, trained)
@@ -193,7 +195,7 @@ def _step_seconds(scale: Scale, captions: list[str], device: str) -> float:
     config = parse_config({"train": train, "score": {"methods": {"random": {}}}}, "init")
     with TemporaryDirectory(prefix="forgetrace-init-") as folder, chdir(folder), redirect_stderr(StringIO()):
         encoded = stand_in([scale.size, scale.size, 3], scale.factor, captions)
-        return training_step(Layout("init", config), encoded, device).each
+        return training_step(Layout("init", config), encoded, device, TIMED).each
 
 
 def _steps(kind: str, seconds: float) -> int:
