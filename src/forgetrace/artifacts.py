@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,6 +98,12 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def safe_name(text: str) -> str:
+    """A file name for any text: legible, and no two texts share one."""
+    legible = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")[-60:]
+    return f"{legible}-{fingerprint(text)[:8]}"
+
+
 def stage_versions(*stages: str) -> dict[str, int]:
     """The numbers of ``workflow/versions.yaml`` that a result's key must hold.
 
@@ -145,6 +151,23 @@ def write_array(path: str | Path, array: np.ndarray) -> None:
     """Write one array as a memory-mappable ``.npy``."""
     with atomic(path) as temporary, open(temporary, "wb") as out:
         np.save(out, array, allow_pickle=False)
+
+
+def write_array_in_parts(path: str | Path, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+    """Write one array of float32 that is never in memory at once; the bytes are those of :func:`write_array`.
+
+    Written one after another, not through a memory map: on a full disk that would end the process without a word.
+
+    Args:
+        path: the ``.npy``.
+        shape: of the whole array.
+        parts: its rows in order, each of shape (n, *shape[1:]).
+    """
+    with atomic(path) as temporary, open(temporary, "wb") as out:
+        header = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(out, header)
+        for part in parts:
+            np.asarray(part, dtype=np.float32).tofile(out)
 
 
 def read_array(path: str | Path, mmap: bool = False) -> np.ndarray:

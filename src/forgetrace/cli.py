@@ -302,6 +302,19 @@ def plan(
 
 
 @app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="The experiment; its config becomes config/<name>.yaml.")],
+    data: Annotated[Path, typer.Option(help="Folder of images with metadata.jsonl or metadata.csv: file_name, text.")],
+    device: Device = "auto",
+) -> None:
+    """Write a first config for your own captioned images, sized to them and, by timing, to this machine."""
+    from forgetrace.planning.draft import init
+
+    file, summary = init(name, data.as_posix(), device)
+    typer.echo(f"{file}: {summary}\nNext: forgetrace plan --config {file}; make reproduce EXPERIMENT={name}")
+
+
+@app.command()
 def tidy(
     config: ConfigPath,
     remove: Annotated[bool, typer.Option(help="Delete the files instead of listing them.")] = False,

@@ -58,13 +58,45 @@ class Section(BaseModel):
 class Prepare(Section):
     """Build the dataset: images, captions and the split into pools."""
 
-    dataset: Literal["digits"] = Field(
+    dataset: Literal["digits", "folder", "coco"] = Field(
         "digits",
-        description="Dataset source; data go to data/<dataset>, of changed settings to a folder that names them.",
+        description="Dataset source: the bundled digits, a Hugging Face ImageFolder of your own, or COCO 2017. Images "
+        "of the last two stay where they are; what is made goes to data/<dataset>, of changed settings to a folder "
+        "that names them.",
     )
-    seed: int = Field(0, ge=0, lt=2**64, description="Seed of the colours and of the caption split.")
-    tuning_captions: Positive = Field(60, description="Distinct captions held out for choosing settings.")
-    report_captions: Positive = Field(60, description="Distinct captions held out for reported queries.")
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder with images and metadata.jsonl or metadata.csv (folder), or with "
+        "annotations/captions_train2017.json and train2017/ (coco).",
+        # Younger than finished results, which are all of the digits.
+        exclude_if=_unused,
+    )
+    size: Positive | None = Field(
+        None,
+        description="Side in pixels of the squares that images are cropped to at the centre and resized to (folder: "
+        "required; coco: 128).",
+        exclude_if=_unused,
+    )
+    seed: int = Field(0, ge=0, lt=2**64, description="Seed of the digits' colours and of the caption split.")
+    tuning_captions: int = Field(60, ge=0, description="Distinct captions held out for choosing settings.")
+    report_captions: int = Field(
+        60, ge=0, description="Distinct captions held out for reported queries; images with one are not trained on."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_of_coco(cls, given: object):
+        return {"size": 128} | given if isinstance(given, dict) and given.get("dataset") == "coco" else given
+
+    @model_validator(mode="after")
+    def _own_or_bundled(self):
+        keys = {"path": self.path, "size": self.size}
+        if self.dataset == "digits" and (useless := [key for key, value in keys.items() if value is not None]):
+            raise ValueError(f"{' and '.join(useless)} would have no effect with dataset digits: remove the key")
+        if self.dataset != "digits" and (missing := [key for key, value in keys.items() if value is None]):
+            raise ValueError(f"dataset {self.dataset} needs {' and '.join(missing)}")
+        return self
 
 
 class Encode(Section):

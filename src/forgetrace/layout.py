@@ -7,6 +7,7 @@ Paths are relative POSIX strings, so a Snakemake rule can pass its own wildcards
 from dataclasses import dataclass
 from pathlib import Path
 
+from forgetrace.artifacts import safe_name
 from forgetrace.config import HALF_SET, RANDOM, SEED_SET, Config, load_config
 
 BASE = "base"  # θ0 where a model is named by (method, k, member)
@@ -51,17 +52,20 @@ class Layout:
 
     @property
     def data(self) -> str:
-        """Dataset folder: ``images/``, ``metadata.jsonl``, ``manifest.json``.
+        """Dataset folder: ``metadata.jsonl``, ``manifest.json`` and, of the digits, ``images/``.
 
-        Its name holds every setting that is not the default, so that no experiment rewrites another's data.
+        Its name holds every setting that is not the default, so that no experiment rewrites another's data; of a
+        path, a short hash too. DVC versions the digits of the default settings alone: .dvcignore names all folders
+        of data/ with a hyphen.
         """
         settings = self.config.prepare
-        changed = settings.model_dump(exclude={"dataset"}, exclude_defaults=True)
-        return "-".join([f"data/{settings.dataset}", *(f"{key}-{value}" for key, value in changed.items())])
+        changed = settings.model_dump(exclude={"dataset", "path"}, exclude_defaults=True)
+        own = [safe_name(settings.path)] if settings.path else []
+        return "-".join([f"data/{settings.dataset}", *own, *(f"{key}-{value}" for key, value in changed.items())])
 
     @property
     def metadata(self) -> str:
-        """One line of JSON per image: id, file_name, text, split."""
+        """One line of JSON per image: id, file_name, text (a caption or a list), split; of own images, sha256."""
         return f"{self.data}/metadata.jsonl"
 
     @property

@@ -7,7 +7,6 @@ import pytest
 from forgetrace.artifacts import UserError
 from forgetrace.datasets import prepare as prepare_module
 from forgetrace.datasets.contract import Example
-from forgetrace.encoding import check as module
 from forgetrace.encoding.check import check_data
 from forgetrace.layout import Layout
 
@@ -26,7 +25,6 @@ def sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sources = {"digits": examples}
     monkeypatch.setattr(prepare_module, "SOURCES", sources)
-    monkeypatch.setattr(module, "SOURCES", sources)
     return sources
 
 

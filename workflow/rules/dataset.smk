@@ -2,6 +2,9 @@
 
 
 rule prepare:
+    input:
+        # The list of one's own images; nothing for a bundled dataset.
+        source_files(layout.config.prepare),
     output:
         layout.metadata,
         layout.data_manifest,
@@ -13,8 +16,8 @@ rule prepare:
         "../envs/forgetrace.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
-        runtime=20,
+        mem_mb=2000,
+        runtime=120,
         # Not under params, whose changes run the rule again: experiments share the data they agree on.
         config=CONFIG_FILE,
     params:
@@ -41,7 +44,7 @@ rule encode:
     threads: 2
     resources:
         mem_mb=2000,
-        runtime=30,
+        runtime=120,
         gpu=1 if layout.config.encode.pipeline else 0,
     params:
         config=CONFIG_FILE,

@@ -8,7 +8,10 @@ import numpy as np
 
 from forgetrace.artifacts import read_array, read_arrays, read_image, read_table
 from forgetrace.attribution.contract import Attributor
+from forgetrace.datasets.images import TrainingImages
 from forgetrace.randomness import generator
+
+AT_ONCE = 2**26  # float64 numbers in memory, half a gigabyte: all digits
 
 
 class Pixel(Attributor):
@@ -22,20 +25,20 @@ class Pixel(Attributor):
 
     def scores(self, query: str) -> np.ndarray:
         """Similarity of every training image to the query."""
-        return self.similarity(self._training_pixels(), self._pixels(self.layout.query(query)["image"]))
+        own = self._flat(read_image(self.layout.query(query)["image"]))
+        names, read = read_table(self.layout.index)["file_name"].tolist(), TrainingImages(self.layout)
+        block = max(1, AT_ONCE // len(own))
+        parts = (names[start : start + block] for start in range(0, len(names), block))
+        return np.concatenate([self.similarity(np.stack([self._flat(read(n)) for n in part]), own) for part in parts])
 
     @staticmethod
     def similarity(images: np.ndarray, query: np.ndarray) -> np.ndarray:
         """(N, D) and (D,) -> (N,)."""
         return cosine(images, query)
 
-    def _training_pixels(self) -> np.ndarray:
-        names = read_table(self.layout.index)["file_name"]
-        return np.stack([self._pixels(f"{self.layout.data}/{name}") for name in names])
-
     @staticmethod
-    def _pixels(path: str) -> np.ndarray:
-        return read_image(path).astype(float).ravel() / 127.5 - 1
+    def _flat(pixels: np.ndarray) -> np.ndarray:
+        return pixels.astype(float).ravel() / 127.5 - 1
 
 
 class PixelL2(Pixel):

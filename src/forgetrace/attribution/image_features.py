@@ -4,15 +4,16 @@ They know nothing of the attributed model. Scores are cosines.
 """
 
 import functools
-import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from forgetrace.artifacts import UserError, fingerprint, read_image, read_table
+from forgetrace.artifacts import UserError, read_image, read_table, safe_name
 from forgetrace.attribution.baselines import cosine
 from forgetrace.attribution.similarity import Comparable, FeatureSimilarity
 from forgetrace.config import Config
+from forgetrace.datasets.images import TrainingImages
 from forgetrace.layout import Layout
 from forgetrace.progress import progress
 
@@ -41,7 +42,7 @@ class EncodedImages(Comparable):
     def of_training_images(self) -> np.ndarray:
         """(N, d), float32."""
         names = read_table(self.layout.index)["file_name"]
-        return self._features([f"{self.layout.data}/{name}" for name in names])
+        return self._features(names.tolist(), TrainingImages(self.layout))
 
     def query_input(self, query: str) -> str:
         """Its image."""
@@ -49,13 +50,13 @@ class EncodedImages(Comparable):
 
     def of_queries(self, queries: list[str]) -> np.ndarray:
         """(n, d), float32."""
-        return self._features([self.query_input(query) for query in queries])
+        return self._features([self.query_input(query) for query in queries], read_image)
 
-    def _features(self, paths: list[str]) -> np.ndarray:
+    def _features(self, names: list[str], read: Callable[[str], np.ndarray]) -> np.ndarray:
         parts = []
-        with progress(total=len(paths), unit="image", what=self.encoder) as bar:
-            for start in range(0, len(paths), AT_ONCE):
-                images = np.stack([read_image(path) for path in paths[start : start + AT_ONCE]])
+        with progress(total=len(names), unit="image", what=self.encoder) as bar:
+            for start in range(0, len(names), AT_ONCE):
+                images = np.stack([read(name) for name in names[start : start + AT_ONCE]])
                 parts.append(self._encode(images).astype(np.float32))
                 bar.update(len(images))
         return np.concatenate(parts)
@@ -121,5 +122,4 @@ class DinoV2(ImageFeatures):
 
 def features_name(encoder: str) -> str:
     """A file name for an encoder's features: legible, and no two encoders share one."""
-    legible = re.sub(r"[^A-Za-z0-9]+", "-", encoder).strip("-")[-60:]
-    return f"image-{legible}-{fingerprint(encoder)[:8]}"
+    return f"image-{safe_name(encoder)}"

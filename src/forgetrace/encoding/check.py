@@ -6,8 +6,7 @@ Nothing here imports torch: Snakemake asks while it reads the rules.
 import numpy as np
 
 from forgetrace.artifacts import UserError, read_json
-from forgetrace.datasets.prepare import TRAIN, split_captions
-from forgetrace.datasets.registry import SOURCES
+from forgetrace.datasets.prepare import TRAIN, count_trained, examples_of, image_shape, split_captions
 from forgetrace.encoding.codec import codec_of
 from forgetrace.layout import Layout
 
@@ -23,7 +22,7 @@ def check_data(layout: Layout) -> None:
     if not config.encode.pipeline:  # what an autoencoder takes is known once its weights are read
         codec_of(config.encode).encode(np.zeros((1, *shape), dtype=np.uint8))
     images = min(images, config.encode.max_images or images)
-    for key in ("k", "pooled_k"):
+    for key in ("k", "pooled_k") if config.train.trains else ():
         if too_large := [k for k in getattr(config.retrain, key) if k >= images]:
             raise UserError(f"retrain.{key}: {too_large[0]} images cannot be left out of {images}; choose a smaller K.")
 
@@ -34,8 +33,8 @@ def _shape_and_count(layout: Layout) -> tuple[list[int], int]:
         manifest = read_json(layout.data_manifest)
         return manifest["image_shape"], manifest["counts"][TRAIN]
     except (UserError, KeyError):
-        pass  # not prepared yet, or to be made again: a second's work tells
+        pass  # not prepared yet, or to be made again: the source tells in seconds
     settings = layout.config.prepare
-    examples = list(SOURCES[settings.dataset](settings.seed))
-    held_out = {caption for pool in split_captions(examples, settings).values() for caption in pool}
-    return list(examples[0].image.shape), sum(example.caption not in held_out for example in examples)
+    examples = examples_of(settings)
+    held_out = [caption for pool in split_captions(examples, settings).values() for caption in pool]
+    return image_shape(settings, examples), count_trained(examples, held_out)

@@ -1,6 +1,7 @@
 """The ``encode`` stage: the training images as memory-mappable latents, the captions as token states."""
 
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,23 +12,27 @@ from forgetrace.artifacts import (
     fingerprint,
     provenance,
     read_array,
-    read_image,
     read_json,
     sha256_of,
     write_array,
+    write_array_in_parts,
     write_json,
     write_table,
 )
+from forgetrace.datasets.contract import captions_of
+from forgetrace.datasets.images import TrainingImages
 from forgetrace.datasets.prepare import TRAIN, read_metadata
 from forgetrace.encoding.captions import caption_states, text_source
-from forgetrace.encoding.codec import codec_of
+from forgetrace.encoding.codec import Codec, codec_of
 from forgetrace.layout import Layout
+from forgetrace.progress import progress
 from forgetrace.randomness import generator
 
 if TYPE_CHECKING:
     import torch
 
 EMPTY = ""
+AT_ONCE = 256  # images in memory
 
 
 def encode(layout: Layout, device: "torch.device | str" = "cpu") -> None:
@@ -40,10 +45,8 @@ def encode(layout: Layout, device: "torch.device | str" = "cpu") -> None:
     Raises:
         UserError: an image is missing, truncated or of another size than the rest, or an encoder's weights are.
     """
-    settings = layout.config.encode
     rows = _training_rows(layout)
-    shape = tuple(read_json(layout.data_manifest)["image_shape"])
-    pixels = np.stack([_image(f"{layout.data}/{row['file_name']}", shape) for row in rows])
+    shape = read_json(layout.data_manifest)["image_shape"]
     captions = [*sorted({row["text"] for row in rows}), EMPTY]
     row_of = {caption: i for i, caption in enumerate(captions)}
     index = pd.DataFrame(
@@ -54,19 +57,21 @@ def encode(layout: Layout, device: "torch.device | str" = "cpu") -> None:
             "caption_row": [row_of[row["text"]] for row in rows],
         }
     )
-    codec = codec_of(settings, device)
-    write_array(layout.latents, codec.encode(pixels))
-    write_array(layout.captions, caption_states(settings, captions, device=device))
+    codec = codec_of(layout.config.encode, device)
+    latents = _latents(layout, codec, [row["file_name"] for row in rows], tuple(shape))
+    first = next(latents)
+    write_array_in_parts(layout.latents, (len(rows), *first.shape[1:]), chain([first], latents))
+    write_array(layout.captions, caption_states(layout.config.encode, captions, device=device))
     made_by = provenance(layout.config.digest_of("encode"), {"metadata": layout.metadata, "data": layout.data_manifest})
     write_table(layout.index, index, made_by)
     # Equal on every machine, unlike the bits a text encoder computes on another CPU.
-    source = [made_by["inputs"], made_by["config"], text_source(settings), layout.config.seed]
+    source = [made_by["inputs"], made_by["config"], text_source(layout.config.encode), layout.config.seed]
     source += [codec.files] if codec.files else []
     write_json(
         layout.encode_manifest,
         {
             "images": len(rows),
-            "image_shape": list(pixels.shape[1:]),
+            "image_shape": shape,
             "latent_shape": list(read_array(layout.latents, mmap=True).shape[1:]),
             "caption_shape": list(read_array(layout.captions, mmap=True).shape[1:]),
             "source": fingerprint(source),
@@ -81,7 +86,9 @@ def _files(layout: Layout) -> dict[str, str]:
 
 
 def _training_rows(layout: Layout) -> list[dict]:
-    rows = [row for row in read_metadata(layout.metadata) if row["split"] == TRAIN]
+    rows = [
+        row | {"text": captions_of(row["text"])[0]} for row in read_metadata(layout.metadata) if row["split"] == TRAIN
+    ]
     limit = layout.config.encode.max_images
     if limit is None or limit >= len(rows):
         return rows
@@ -89,13 +96,17 @@ def _training_rows(layout: Layout) -> list[dict]:
     return [rows[i] for i in sorted(chosen)]
 
 
-def _image(path: str, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        pixels = read_image(path)
-        problem = None if pixels.shape == shape else f"has shape {pixels.shape}, the dataset has {shape}"
-    except UserError:
-        problem = "is missing or damaged"
-    if problem:
-        folder = Path(path).parents[1]
-        raise UserError(f"{path} {problem}: delete {folder}/manifest.json and run again to rebuild the dataset.")
-    return pixels
+def _latents(layout: Layout, codec: Codec, file_names: list[str], shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Latents of so many images at a time, (n, C, H, W), float32."""
+    read = TrainingImages(layout)
+    with progress(total=len(file_names), unit="image", what="encoding images") as bar:
+        for start in range(0, len(file_names), AT_ONCE):
+            images = {name: read(name) for name in file_names[start : start + AT_ONCE]}
+            for name, pixels in images.items():
+                if pixels.shape != shape:
+                    raise UserError(
+                        f"{layout.data}/{name} has shape {pixels.shape}, the dataset has {shape}: "
+                        f"delete {layout.data_manifest} and run again to rebuild the dataset."
+                    )
+            yield codec.encode(np.stack(list(images.values())))
+            bar.update(len(images))

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from forgetrace.artifacts import UserError, read_image, read_json, read_table
+from forgetrace.datasets.images import TrainingImages
 from forgetrace.figures.page import TILE, Page
 from forgetrace.figures.style import MUTED, colour_of, look, save
 from forgetrace.layout import Layout
@@ -29,7 +30,8 @@ def draw(layout: Layout, name: str, query: str) -> None:
     """Draw the figure ``attribution-<query>``."""
     record = read_json(layout.query(query)["record"])
     index = read_table(layout.index).set_index("image_id")
-    rows = {method: _top(layout, method, query, index) for method in layout.config.score.methods}
+    read = TrainingImages(layout)
+    rows = {method: _top(layout, method, query, index, read) for method in layout.config.score.methods}
     longest = max(len(row) for row in rows.values())
     with look():
         width = 2 * MARGIN + LABEL + longest * (TILE + GAP) - GAP
@@ -65,7 +67,7 @@ def _row(page: Page, y: float, method: str, colour: str, ranked: list[_Ranked]) 
         page.text(centre, y + TILE + 0.19, entry.caption, size=7.0, align="center", colour=MUTED)
 
 
-def _top(layout: Layout, method: str, query: str, index: pd.DataFrame) -> list[_Ranked]:
+def _top(layout: Layout, method: str, query: str, index: pd.DataFrame, read: TrainingImages) -> list[_Ranked]:
     """The images a method ranks first, in order of rank."""
     path = layout.score(method, query)
     top = read_table(path).nsmallest(layout.config.figures.top, "rank")
@@ -74,7 +76,7 @@ def _top(layout: Layout, method: str, query: str, index: pd.DataFrame) -> list[_
     common = _words_of_all(index["caption"])
     return [
         _Ranked(
-            read_image(f"{layout.data}/{index.at[row.image_id, 'file_name']}"),
+            read(index.at[row.image_id, "file_name"]),
             row.score,
             _short(index.at[row.image_id, "caption"], common),
         )

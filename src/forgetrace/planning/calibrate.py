@@ -9,15 +9,23 @@ from io import StringIO
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from forgetrace.artifacts import read_json, write_json
+from forgetrace.config import Encode
+from forgetrace.datasets.contract import captions_of
+from forgetrace.datasets.images import TrainingImages
 from forgetrace.datasets.prepare import TRAIN, prepare, read_metadata
 from forgetrace.figures.catalogue import draw
 from forgetrace.layout import Layout
 from forgetrace.planning import work
+
+if TYPE_CHECKING:
+    import torch
+
+    from forgetrace.encoding.store import Encoded
 
 IMAGES, CAPTIONS = 256, 64  # of the training data, for units with torch
 
@@ -59,7 +67,7 @@ def calibrate(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     Raises:
         UserError: what the config or the device asks for cannot work here.
     """
-    units = {}
+    layout, units = anywhere(layout), {}
     for start, module in ((work.START, "figures.training"), (work.TORCH, "counterfactual.retrain")):
         job = [sys.executable, "-c", f"import forgetrace.cli, forgetrace.{module}"]
         units[start] = rate(lambda _, job=job: subprocess.run(job, check=True), seconds=0, whose=RUSAGE_CHILDREN)
@@ -69,9 +77,51 @@ def calibrate(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     return units | found, facts
 
 
+def anywhere(layout: Layout) -> Layout:
+    """The layout that finds one's own images from another folder."""
+    settings = layout.config.prepare
+    if settings.path is None:
+        return layout
+    moved = settings.model_copy(update={"path": str(Path(settings.path).absolute())})
+    return Layout(layout.name, layout.config.model_copy(update={"prepare": moved}))
+
+
+def stand_in(
+    shape: list[int], settings: Encode, captions: list[str], device: "torch.device | str" = "cpu"
+) -> "Encoded":
+    """Encoded images of noise of the given pixel shape, with real captions."""
+    import torch
+
+    from forgetrace.encoding.captions import caption_states
+    from forgetrace.encoding.codec import codec_of
+    from forgetrace.encoding.store import Encoded
+
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, *shape), dtype=np.uint8)
+    states = torch.from_numpy(caption_states(settings, captions, device=device))
+    ids = list(map(str, range(IMAGES)))
+    latents = codec_of(settings, device).encode(pixels)
+    return Encoded(ids, latents, states, torch.arange(IMAGES) % len(captions))
+
+
+def training_step(layout: Layout, encoded: "Encoded", device: str, seconds: float = 0.3) -> Unit:
+    """The unit of training, as :func:`rate` times it; leaves the process with a training's threads and settings."""
+    from forgetrace.diffusion.training import Training, train
+
+    def steps(n: int) -> None:
+        # No warm-up and no checkpoint in so few steps, and no divergence at so small a rate.
+        few = {"steps": n, "warmup_steps": 0, "checkpoint_every": n, "learning_rate": 1e-9}
+        recipe = layout.config.model_copy(update={"train": layout.config.train.model_copy(update=few)})
+        train(Layout(layout.name, recipe), encoded, Training("any", 0, np.zeros(IMAGES, dtype=bool)), device)
+
+    write_json(layout.encode_manifest, {"source": "calibration"})  # a training's key holds it
+    return rate(steps, seconds=seconds)
+
+
 def light(layout: Layout) -> dict[str, Unit]:
     """Units without torch; leaves the dataset in the current folder."""
-    units = {work.PREPARED: rate(lambda _: prepare(layout.config.prepare, layout.data), seconds=0)}
+    units = {work.PREPARED: rate(lambda _: prepare(layout.config.prepare, layout.data, look=False), seconds=0)}
+    read, names = TrainingImages(layout), [row["file_name"] for row in read_metadata(layout.metadata)]
+    units[work.IMAGE] = rate(lambda n: [read(names[i % len(names)]) for i in range(n)])
     Path(layout.model).mkdir(parents=True)
     Path(layout.curve).write_text("step,loss,learning_rate\n1,1,1\n2,1,1\n")
     return units | {work.FIGURE: rate(lambda _: draw(layout, "training"), seconds=0)}
@@ -87,26 +137,22 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     from forgetrace.diffusion.inference import for_inference
     from forgetrace.diffusion.model import build_scheduler, build_unet, frozen
     from forgetrace.diffusion.sampling import sample
-    from forgetrace.diffusion.training import Training, train
     from forgetrace.encoding.captions import caption_states
-    from forgetrace.encoding.codec import codec_of
-    from forgetrace.encoding.store import Encoded
     from forgetrace.unlearning.step import BATCH, Query, query_gradient, query_loss
     from forgetrace.unlearning.subsets import select
 
     torch.set_num_threads(1)
     config, target, rows = layout.config, pick_device(device), read_metadata(layout.metadata)
-    texts = [row["text"] for row in rows if row["split"] == TRAIN]
+    trained = [captions_of(row["text"]) for row in rows if row["split"] == TRAIN]
+    texts = [caption for captions in trained for caption in captions]
     captions = sorted(set(texts), key=len)[-CAPTIONS:]
 
     def states_of(n: int) -> np.ndarray:
         return caption_states(config.encode, captions * n, device=target)
 
     units = {work.CAPTION: rate(states_of, len(captions))}
-    shape, states = read_json(layout.data_manifest)["image_shape"], torch.from_numpy(states_of(1))
-    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, *shape), dtype=np.uint8)
-    latents, nothing = codec_of(config.encode, target).encode(pixels), np.zeros(IMAGES, dtype=bool)
-    encoded = Encoded(list(map(str, range(IMAGES))), latents, states, torch.arange(IMAGES) % len(captions))
+    encoded = stand_in(read_json(layout.data_manifest)["image_shape"], config.encode, captions, target)
+    latents, states = encoded.latents, encoded.captions
     scheduler = build_scheduler(config.train)
     unet, scanned = (frozen(build_unet(config.train, latents.shape[1:], states.shape[2], 0), target) for _ in range(2))
     query, bank = Query("any", torch.from_numpy(latents[0]), states[0]), scan_noise(layout, encoded, scheduler)
@@ -123,12 +169,6 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
         losses = np.full((IMAGES, draws), np.nan, dtype=np.float32)
         scan_losses(scanner, scheduler, encoded, bank, losses, batch, np.arange(n * block) % IMAGES)
 
-    def steps(n: int) -> None:
-        # No warm-up and no checkpoint in so few steps, and no divergence at so small a rate.
-        few = {"steps": n, "warmup_steps": 0, "checkpoint_every": n, "learning_rate": 1e-9}
-        recipe = config.model_copy(update={"train": config.train.model_copy(update=few)})
-        train(Layout(layout.name, recipe), encoded, Training("any", 0, nothing), device)
-
     def gradients(n: int) -> None:
         query_gradient(unet, scheduler, query, list(sizes), range(n * BATCH), 0)["conv_in.weight"].cpu()
 
@@ -136,8 +176,7 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     units[work.LOSS] = rate(lambda n: query_loss(unet, scheduler, query, 0, n * BATCH), BATCH)
     units[work.SCAN] = rate(scans, block * draws)
     if config.train.trains:
-        write_json(layout.encode_manifest, {"source": "calibration"})  # a training's key holds it
-        units[work.STEP] = rate(steps)
+        units[work.STEP] = training_step(layout, encoded, device)
         torch.use_deterministic_algorithms(False)  # which trainings want, like their threads
         torch.set_num_threads(1)
     units[work.GRADIENT] = rate(gradients, BATCH)
@@ -149,8 +188,9 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
 
         units[unit] = rate(fit, passes * chunk)
     changed = sum(sizes[name] for variant in config.unlearn.values() for name in select(sizes, variant.weights))
-    images = min(len(texts), config.encode.max_images or len(texts))
-    facts = {"pictures": len(rows), "images": images, "captions": 1 + min(images, len(set(texts)))}
+    images = min(len(trained), config.encode.max_images or len(trained))
+    distinct = min(len(texts) * images // len(trained), len(set(texts)))
+    facts = {"pictures": len(rows), "images": images, "captions": 1 + distinct}
     facts |= {"weights": sum(sizes.values()), "latent": latents[0].nbytes, "states": states[0].nbytes}
     tensors = [tensor for factors in fits.values() for tensor in factors.values()]
     return units, facts | {"changed": changed, "fitted": sum(t.nbytes for t in tensors), "device": target.type}

@@ -11,7 +11,7 @@ from forgetrace.layout import Layout
 from forgetrace.planning.calibrate import Unit, calibrate
 from forgetrace.planning.work import STEP, Work, count
 
-SMALL, RANKED, DRAWN = 4096, 21, 200_000  # bytes of a small file, of an image in a ranking, of a figure
+SMALL, LISTED, RANKED, DRAWN = 4096, 300, 21, 200_000  # bytes: small file, image in a list, in a ranking, figure
 NOTES = """\
 Wall time on {cores} cores: {wall}, if, after data and encoding, the base model is trained with random and seed
 retrainings beside it, all else then fills the cores or lasts as long as one query's chain of jobs, and figures follow.
@@ -43,7 +43,7 @@ def disk(layout: Layout, stages: Mapping[str, Work], facts: Mapping[str, int]) -
     draws = config.scan.narrowing.most if config.scan.narrowing else config.scan.timesteps
     own, jobs = stages["retrain"].jobs - others, {stage: work.jobs for stage, work in stages.items()}
     return {stage: 3 * SMALL * number for stage, number in jobs.items()} | {
-        "prepare": facts["pictures"] * SMALL,
+        "prepare": facts["pictures"] * (LISTED if config.prepare.path else SMALL),
         "encode": facts["images"] * facts["latent"] + facts["captions"] * facts["states"],
         "train": weights * (1 + len(config.train.snapshot_steps())),
         "fit": facts["fitted"],

@@ -10,6 +10,7 @@ from forgetrace.layout import Layout
 # Units of work: a job's start without and with torch, then what it does; a training step is a batch of evaluations.
 START, TORCH = "start", "start with torch"
 PREPARED, FIGURE, CAPTION, STEP = "dataset prepared", "figure drawn", "caption encoded", "training step"
+IMAGE = "image read"
 SAMPLER, LOSS, SCAN = "sampler evaluation", "loss evaluation", "scan evaluation"
 GRADIENT, FISHER, EKFAC = "query gradient draw", "per-example gradient", "EK-FAC draw and pass"
 FITTED = {"diagonal": (FISHER, 1), "ekfac": (EKFAC, 2)}  # by curvature, what a fit does with a draw and how often
@@ -67,8 +68,8 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
     passes, figures = len(together(layout)), len(catalogue.names(layout))  # a job of each such method; see estimate
     scores = (len(config.score.methods) - passes) * len(queries) + passes
     return {
-        "prepare": Work(1, {START: 1, PREPARED: 1}),
-        "encode": Work(1, {TORCH: 1, CAPTION: captions}),
+        "prepare": Work(1, {START: 1, PREPARED: 1} | ({IMAGE: images} if config.prepare.path else {})),
+        "encode": Work(1, {TORCH: 1, IMAGE: images, CAPTION: captions}),
         "train": Work(1, {TORCH: 1} | ({} if recipe.pretrained else {STEP: recipe.steps}), recipe.threads),
         "synthesize": Work(len(queries), asking | {CAPTION: len(queries), SAMPLER: len(generated) * sampled}),
         "fit": Work(len(fits), {TORCH: len(fits)} | {unit: config.fit.draws * n for unit, n in fits.values()}),
