@@ -153,8 +153,10 @@ def write_array(path: str | Path, array: np.ndarray) -> None:
         np.save(out, array, allow_pickle=False)
 
 
-def write_array_in_parts(path: str | Path, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
-    """Write one array of float32 that is never in memory at once; the bytes are those of :func:`write_array`.
+def write_array_in_parts(
+    path: str | Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], dtype: str = "float32"
+) -> None:
+    """Write one array that is never in memory at once; the bytes are those of :func:`write_array`.
 
     Written one after another, not through a memory map: on a full disk that would end the process without a word.
 
@@ -162,12 +164,13 @@ def write_array_in_parts(path: str | Path, shape: tuple[int, ...], parts: Iterab
         path: the ``.npy``.
         shape: of the whole array.
         parts: its rows in order, each of shape (n, *shape[1:]).
+        dtype: of the file's numbers.
     """
     with atomic(path) as temporary, open(temporary, "wb") as out:
-        header = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": tuple(shape)}
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
         np.lib.format.write_array_header_1_0(out, header)
         for part in parts:
-            np.asarray(part, dtype=np.float32).tofile(out)
+            np.asarray(part, dtype=dtype).tofile(out)
 
 
 def read_array(path: str | Path, mmap: bool = False) -> np.ndarray:

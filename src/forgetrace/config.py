@@ -129,6 +129,17 @@ class Encode(Section):
         None, description="Use only this many training images, drawn with the experiment's seed (null: all)."
     )
 
+    flips: bool = Field(
+        False,
+        description="Train on mirror images too: each draw of an image is flipped with probability 1/2.",
+        exclude_if=_unused,
+    )
+    caption_dtype: Literal["float32", "float16"] = Field(
+        "float32",
+        description="Precision of stored token states; float16 halves the disk that many captions take.",
+        exclude_if=lambda value: value == "float32",
+    )
+
     @model_validator(mode="after")
     def _has_its_weights(self):
         if bool(self.pipeline) != (self.image_encoder == "autoencoder-kl" or self.text_encoder == "clip"):
@@ -375,6 +386,12 @@ class Method(Section):
     score: Literal["difference", "skew"] = Field(
         "difference", description="How a loss before and after becomes a score (unlearning only)."
     )
+    flips: Literal["max", "mean"] | None = Field(
+        None,
+        description="Of an image and its mirror image, the larger score (max, the default) or the mean (unlearning, "
+        "with encode.flips).",
+        exclude_if=_unused,
+    )
     weights: Subset | None = Field(
         None, description="Weights whose gradients count (gradient methods; by default all).", exclude_if=_unused
     )
@@ -526,6 +543,8 @@ class Config(Section):
             if count > self.train.timesteps:
                 raise ValueError(f"{key}: {count} is more than train.timesteps = {self.train.timesteps}")
         narrowing = self.scan.narrowing
+        if narrowing and self.encode.flips:
+            raise ValueError("scan.narrowing: not with encode.flips, whose images have two scores each; remove one")
         if narrowing and (missing := [k for k in self.retrain.k if k not in narrowing.tops]):
             raise ValueError(f"scan.narrowing.tops: {missing[0]} of retrain.k is not among them")
         names = self.queries()

@@ -12,6 +12,7 @@ from forgetrace.datasets.images import TrainingImages
 from forgetrace.randomness import generator
 
 AT_ONCE = 2**26  # float64 numbers in memory, half a gigabyte: all digits
+CAPTIONS = 2**11  # captions in memory
 
 
 class Pixel(Attributor):
@@ -24,8 +25,14 @@ class Pixel(Attributor):
         return [self.layout.index, self.layout.data_manifest, self.layout.query(query)["image"]]
 
     def scores(self, query: str) -> np.ndarray:
-        """Similarity of every training image to the query."""
-        own = self._flat(read_image(self.layout.query(query)["image"]))
+        """Similarity of every training image to the query; where D is flipped, to the nearer of its orientations."""
+        pixels = read_image(self.layout.query(query)["image"])
+        scores = self._similarities(self._flat(pixels))
+        if not self.layout.config.encode.flips:
+            return scores
+        return np.maximum(scores, self._similarities(self._flat(pixels[:, ::-1])))
+
+    def _similarities(self, own: np.ndarray) -> np.ndarray:
         names, read = read_table(self.layout.index)["file_name"].tolist(), TrainingImages(self.layout)
         block = max(1, AT_ONCE // len(own))
         parts = (names[start : start + block] for start in range(0, len(names), block))
@@ -62,11 +69,16 @@ class Text(Attributor):
         return [self.layout.index, self.layout.captions, self.layout.query(query)["tensors"]]
 
     def scores(self, query: str) -> np.ndarray:
-        """Similarity of every training caption to the prompt."""
-        rows = read_table(self.layout.index)["caption_row"].to_numpy()
+        """Similarity of every training caption to the prompt; of several captions of an image the most similar's."""
+        index = read_table(self.layout.index)
         prompt = read_arrays(self.layout.query(query)["tensors"])["prompt"]
-        pooled = pool_tokens(read_array(self.layout.captions))
-        return cosine(pooled, pool_tokens(prompt[None])[0])[rows]
+        states = read_array(self.layout.captions, mmap=True)
+        parts = (states[start : start + CAPTIONS] for start in range(0, len(states), CAPTIONS))
+        pooled = np.concatenate([pool_tokens(part) for part in parts])
+        similarity = cosine(pooled, pool_tokens(prompt[None])[0])
+        if "caption_rows" in index:
+            return np.array([similarity[rows].max() for rows in index["caption_rows"]])
+        return similarity[index["caption_row"].to_numpy()]
 
 
 class Random(Attributor):

@@ -96,9 +96,22 @@ class GradientFeatures(OverTimesteps):
         with progress(total=len(values), unit="image", what=self.name, done=done) as bar:
             for start in range(0, len(missing), block):
                 rows = missing[start : start + block]
-                captions = encoded.captions[encoded.caption_rows[rows]]
-                values[rows] = source.mean(encoded.batch(rows), captions, bank.timesteps, noise)
+                values[rows] = self._of(source, encoded, rows, bank, noise)
                 bar.update(len(rows))
+
+    @staticmethod
+    def _of(
+        source: "OutputGradients", encoded: "Encoded", rows: np.ndarray, bank: NoiseBank, noise: np.ndarray
+    ) -> np.ndarray:
+        """φ of some images; where they have several views, one at each timestep."""
+        if not encoded.has_views:
+            return source.mean(*encoded.examples(rows), bank.timesteps, noise)
+        total = 0.0
+        for draw in range(len(noise)):
+            picks = encoded.picks(bank.seed, bank.purpose, [(encoded.image_ids[row], draw) for row in rows])
+            one = slice(draw, draw + 1)
+            total = total + source.mean(*encoded.examples(rows, picks), bank.timesteps[one], noise[one])
+        return total / len(noise)
 
 
 class TrainingLosses(OverTimesteps):

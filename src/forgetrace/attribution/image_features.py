@@ -52,6 +52,10 @@ class EncodedImages(Comparable):
         """(n, d), float32."""
         return self._features([self.query_input(query) for query in queries], read_image)
 
+    def of_mirrored(self, queries: list[str]) -> np.ndarray:
+        """(n, d), float32."""
+        return self._features([self.query_input(query) for query in queries], lambda name: read_image(name)[:, ::-1])
+
     def _features(self, names: list[str], read: Callable[[str], np.ndarray]) -> np.ndarray:
         parts = []
         with progress(total=len(names), unit="image", what=self.encoder) as bar:

@@ -72,7 +72,8 @@ def products(
 
 def _losses_of(unet, scheduler, encoded: Encoded, bank: NoiseBank, rows: np.ndarray, draws: np.ndarray):
     """A function that computes the losses of the given (image, draw) pairs."""
-    captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
-    noise = bank.of([encoded.image_ids[row] for row in rows], draws[:, None])
-    examples = encoded.batch(rows), captions, bank.timesteps[draws], noise
+    ids = [encoded.image_ids[row] for row in rows]
+    # One view for each draw of an image: on average over draws all of them count.
+    picks = encoded.picks(bank.seed, bank.purpose, list(zip(ids, draws.tolist(), strict=True)))
+    examples = *encoded.examples(rows, picks), bank.timesteps[draws], bank.of(ids, draws[:, None])
     return functools.partial(losses_for_gradients, unet, scheduler, *examples)

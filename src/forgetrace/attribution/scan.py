@@ -1,6 +1,7 @@
 """The ``scan`` stage: the loss of every training image at every scan timestep.
 
-Two scans are compared image by image, so both use the same (t, ε). The scan of a query may be narrowed to
+A loss is the mean over the captions of an image; mirror images, where there are any, have rows of their own behind all
+others. Two scans are compared row by row, so both use the same (t, ε). The scan of a query may be narrowed to
 the images that matter (:mod:`forgetrace.attribution.narrowing`), that of θ0 never is. Results go to a memory-mapped
 file beside the outputs as they come; a killed scan continues with the images that are missing.
 """
@@ -53,9 +54,9 @@ def scan(layout: Layout, variant: str | None = None, query: str | None = None, d
     made_by = provenance({"seed": layout.config.seed, "scan": shaping}, read)
     key = fingerprint([made_by, sha256_of(layout.latents), stage_versions("scan")])
     partial = Path(layout.checkpoints("scan")) / f"{key}.npy"
-    losses = resumable(partial, (len(encoded), len(bank.timesteps)))
+    losses = resumable(partial, (len(encoded.latents), len(bank.timesteps)))
     evaluate = functools.partial(scan_losses, unet, scheduler, encoded, bank, losses, settings.batch_size)
-    total = settings.narrowing.mean * len(encoded) if narrowed else losses.size
+    total = settings.narrowing.mean * len(losses) if narrowed else losses.size
     with progress(total=round(total), unit="loss", what="scan", done=(~np.isnan(losses)).sum()) as bar:
         if narrowed:
             before = base_losses(layout, bank)
@@ -107,13 +108,13 @@ def scan_losses(
         scheduler: its schedule.
         encoded: D.
         bank: T timesteps with their noise.
-        losses: (N, T), float32, NaN where missing; filled in place.
+        losses: a row for each of the first latents, (N or 2N, T), float32, NaN where missing; filled in place.
         batch_size: UNet evaluations at once; does not change the result beyond rounding.
-        rows: the images to scan, (n,), such as a shard of D; by default all.
+        rows: the rows to scan, (n,), such as a shard of D; by default all.
         draws: the draws of each, (n, w); by default all.
         done: told, as they come, how many losses there are more.
     """
-    rows = np.arange(len(encoded)) if rows is None else rows
+    rows = np.arange(len(losses)) if rows is None else rows
     draws = (
         np.broadcast_to(np.arange(len(bank.timesteps)), (len(rows), len(bank.timesteps))) if draws is None else draws
     )
@@ -125,8 +126,18 @@ def scan_losses(
         part = missing[start : start + block]
         for first in range(0, draws.shape[1], width):
             some = draws[part, first : first + width]
-            losses[rows[part, None], some] = _losses(unet, scheduler, encoded, bank, rows[part], some)
+            losses[rows[part, None], some] = _mean_losses(unet, scheduler, encoded, bank, rows[part], some)
             done(some.size)
+
+
+def _mean_losses(unet, scheduler, encoded: Encoded, bank: NoiseBank, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Losses of one batch, the mean over captions: latents (n,) with draws (n, w) each -> (n, w)."""
+    counts = encoded.counts(rows % len(encoded))
+    total = np.zeros(draws.shape, dtype=np.float32)
+    for number in range(counts.max()):
+        having = counts > number
+        total[having] += _losses(unet, scheduler, encoded, bank, rows[having], draws[having], number)
+    return total / counts[:, None].astype(np.float32)
 
 
 def _losses(
@@ -136,16 +147,18 @@ def _losses(
     bank: NoiseBank,
     rows: np.ndarray,
     draws: np.ndarray,
+    number: int,
 ) -> np.ndarray:
-    """Losses of one batch: images (n,) with draws (n, w) each -> (n, w)."""
+    """Losses with the numbered caption of each image: latents (n,) with draws (n, w) each -> (n, w)."""
     device = next(unet.parameters()).device
-    captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
+    images = rows % len(encoded)
+    captions = encoded.states(encoded.caption(images, number))
     values = example_losses(
         unet,
         scheduler,
         encoded.batch(rows).to(device).repeat_interleave(draws.shape[1], dim=0),
         captions.to(device),
         torch.from_numpy(bank.timesteps[draws].reshape(-1)).to(device),
-        torch.from_numpy(bank.of([encoded.image_ids[row] for row in rows], draws)).to(device),
+        torch.from_numpy(bank.of([encoded.image_ids[image] for image in images], draws)).to(device),
     )
     return values.reshape(draws.shape).cpu().numpy()

@@ -28,6 +28,10 @@ class Comparable(Features):
     def of_queries(self, queries: list[str]) -> np.ndarray:
         """(n, width), float32; the row of a query does not depend on the others."""
 
+    def of_mirrored(self, queries: list[str]) -> np.ndarray | None:
+        """:meth:`of_queries` for the mirror images of the queries; None where mirroring would change nothing."""
+        return None
+
     def fit(self) -> None:
         """Write ``layout.features(name)``, then its record."""
         made_by = self.made_by()
@@ -57,8 +61,16 @@ class FeatureSimilarity(Together):
         return [self.layout.index, self.layout.features(compared.name), compared.query_input(query)]
 
     def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
-        """Similarity of every training image to each query."""
+        """Similarity of every training image to each query; where D is flipped, to the nearer of its orientations."""
         compared = self.compared()
         rows = compared.kept().astype(float)
-        features = compared.of_queries(queries).astype(float)
-        return {query: self.similarity(rows, row) for query, row in zip(queries, features, strict=True)}
+
+        def similar(features: np.ndarray) -> dict[str, np.ndarray]:
+            pairs = zip(queries, features.astype(float), strict=True)
+            return {query: self.similarity(rows, row) for query, row in pairs}
+
+        scores = similar(compared.of_queries(queries))
+        mirrored = compared.of_mirrored(queries) if self.layout.config.encode.flips else None
+        if mirrored is None:
+            return scores
+        return {query: np.maximum(scores[query], other) for query, other in similar(mirrored).items()}

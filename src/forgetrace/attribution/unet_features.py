@@ -38,7 +38,8 @@ class ChannelStatistics(Comparable):
         """(N, 2c), float32, c channels of the block."""
         from forgetrace.encoding.store import load_encoded
 
-        return self._statistics(load_encoded(self.layout).latents)
+        encoded = load_encoded(self.layout)
+        return self._statistics(encoded.latents[: len(encoded)])  # mirror images have nearly the same statistics
 
     def query_input(self, query: str) -> str:
         """Its latent, among other tensors."""
@@ -61,7 +62,7 @@ class ChannelStatistics(Comparable):
         timesteps = np.full(self.noises, self.timestep, dtype=np.int64)
         # One purpose for images and queries: the same latent must get the same features.
         bank = NoiseBank(self.layout.config.seed, "unet-features", timesteps, tuple(latents.shape[1:]))
-        empty = torch.from_numpy(np.array(read_array(self.layout.captions, mmap=True)[-1]))
+        empty = torch.from_numpy(np.array(read_array(self.layout.captions, mmap=True)[-1], dtype=np.float32))
         return channel_statistics(
             unet, load_scheduler(self.layout), torch.from_numpy(latents), empty, bank, middle_up_block(unet)
         )

@@ -17,7 +17,7 @@ class Unlearning(Attributor):
     """Loss increase of each training image after unlearning the query."""
 
     summary = "loss increase of a training image after the model has unlearned the query (AbU)"
-    reads = frozenset({"variant", "score"})
+    reads = frozenset({"variant", "score", "flips"})
 
     @classmethod
     def check(cls, config: Config, method: str) -> None:
@@ -30,19 +30,25 @@ class Unlearning(Attributor):
             )
         if config.scan.narrowing and config.score.methods[method].score != "difference":
             raise UserError(f"score.methods.{method}: scan.narrowing spends its draws by score: difference.")
+        if config.score.methods[method].flips and not config.encode.flips:
+            raise UserError(f"score.methods.{method}.flips has no effect without encode.flips: remove the key.")
 
     def inputs(self, query: str) -> list[str]:
         """The scan of θ0 and the one of the unlearned weights."""
         return [self.layout.base_scan, self.layout.scan(self.options.variant or self.method, query)]
 
     def scores(self, query: str) -> np.ndarray:
-        """Mean over draws of the chosen score."""
+        """Mean over draws of the chosen score; of an image and its mirror image the larger, or the mean."""
         before, after = (read_arrays(path) for path in self.inputs(query))
         if not np.array_equal(before["timesteps"], after["timesteps"]):
             raise UserError(f"{self.inputs(query)[1]} was scanned at other timesteps than θ0: delete both scans.")
         values = SCORES[self.options.score](before["losses"].astype(float), after["losses"].astype(float))
         # Only a narrowed scan may lack losses; elsewhere a missing one makes the score NaN, which is refused.
-        return balanced_means(values) if self.layout.config.scan.narrowing else values.mean(axis=1)
+        scores = balanced_means(values) if self.layout.config.scan.narrowing else values.mean(axis=1)
+        if not self.layout.config.encode.flips:
+            return scores
+        both = scores.reshape(2, -1)
+        return both.mean(axis=0) if self.options.flips == "mean" else both.max(axis=0)
 
 
 def difference(before: np.ndarray, after: np.ndarray) -> np.ndarray:

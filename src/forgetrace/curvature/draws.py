@@ -1,4 +1,4 @@
-"""The draws a Fisher information is the mean over: one image, its caption, one t and one ε each."""
+"""The draws a Fisher information is the mean over: one image, one of its views, one t and one ε each."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -57,8 +57,7 @@ def training_draws(scheduler: DDPMScheduler, encoded: Encoded, numbers: range, s
     rows = np.array([int(generator(seed, purpose, "image", i).integers(len(encoded))) for i in numbers])
     length, shape = scheduler.config.num_train_timesteps, tuple(encoded.latents.shape[1:])
     timesteps, noise = monte_carlo(seed, purpose, numbers, length, shape)
-    captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
-    return encoded.batch(rows), captions, timesteps, noise
+    return *encoded.examples(rows, encoded.picks(seed, purpose, numbers)), timesteps, noise
 
 
 def losses_for_gradients(*arguments) -> torch.Tensor:

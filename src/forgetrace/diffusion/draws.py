@@ -21,12 +21,15 @@ class StepDraw:
         timesteps: (B,), int64.
         noise: (B, C, H, W), float32.
         dropped: where the caption is replaced by the empty one, (B,), bool.
+        picks: choose a view of each image, as :meth:`forgetrace.encoding.store.Encoded.views` has it, (B, 2), float64;
+            from a stream of their own, so that all else is the same where images have one view.
     """
 
     rows: np.ndarray
     timesteps: np.ndarray
     noise: np.ndarray
     dropped: np.ndarray
+    picks: np.ndarray
 
 
 def draw_step(
@@ -54,7 +57,8 @@ def draw_step(
     timesteps = stream.integers(length, size=batch_size)
     dropped = stream.random(batch_size) < caption_dropout
     noise = stream.standard_normal((batch_size, *latent_shape), dtype=np.float32)
-    return StepDraw(_redraw(rows, removed, seed, step), timesteps, noise, dropped)
+    picks = generator(seed, "view", step).random((batch_size, 2))
+    return StepDraw(_redraw(rows, removed, seed, step), timesteps, noise, dropped, picks)
 
 
 def _redraw(rows: np.ndarray, removed: np.ndarray, seed: int, step: int) -> np.ndarray:

@@ -102,7 +102,7 @@ def _sampling(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, p
         load_scheduler(layout),
         torch.from_numpy(initial).to(device),
         torch.from_numpy(prompts).to(device),
-        torch.from_numpy(np.array(read_array(layout.captions, mmap=True)[-1])).to(device),
+        torch.from_numpy(np.array(read_array(layout.captions, mmap=True)[-1], dtype=np.float32)).to(device),
         settings.sampler_steps,
         settings.guidance,
     )

@@ -35,6 +35,7 @@ from forgetrace.progress import progress
 
 log = logging.getLogger(__name__)
 Weights = dict[str, torch.Tensor]
+HELD_CAPTIONS = 2**30  # bytes of token states
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ class _Loop:
             unet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
         self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
-        self.captions = encoded.captions.to(accelerator.device)
+        # Few captions are kept where the work is; many are read from disk as they come.
+        few = encoded.captions.nbytes <= HELD_CAPTIONS
+        self.captions = encoded.captions.float().to(accelerator.device) if few else None
         # In bf16 on a CPU the fused attention kernel's backward takes half of the step.
         math_attention = precision == "bf16" and accelerator.device.type == "cpu"
         self.attention = (lambda: sdpa_kernel(SDPBackend.MATH)) if math_attention else contextlib.nullcontext
@@ -189,12 +192,12 @@ class _Loop:
             recipe.caption_dropout,
         )
         part = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        rows = draw.rows[part]
-        captions = self.encoded.caption_rows[torch.from_numpy(rows)]
+        picks = draw.picks[part] if self.encoded.has_views else None
+        rows, captions = self.encoded.views(draw.rows[part], picks)
         captions[torch.from_numpy(draw.dropped[part])] = self.encoded.empty_row
         return (
             self.encoded.batch(rows).to(device),
-            self.captions[captions.to(device)],
+            self.encoded.states(captions).to(device) if self.captions is None else self.captions[captions.to(device)],
             torch.from_numpy(draw.timesteps[part]).to(device),
             torch.from_numpy(draw.noise[part]).to(device),
         )

@@ -1,5 +1,6 @@
 """Captions to token states by the text encoder a config names."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,9 @@ from forgetrace.encoding import text
 
 if TYPE_CHECKING:
     import torch
+
+
+AT_ONCE = 2**13  # captions in memory; a multiple of what an encoder takes at once
 
 
 def caption_states(
@@ -34,6 +38,15 @@ def caption_states(
     from forgetrace.encoding.clip_text import clip_states
 
     return clip_states(settings.pipeline, captions, tokens, device=device)
+
+
+def caption_parts(settings: Encode, captions: list[str], device: "torch.device | str" = "cpu") -> Iterator[np.ndarray]:
+    """:func:`caption_states` of some captions after the other, so that many never are in memory together."""
+    tokens = settings.tokens
+    if len(captions) > AT_ONCE and settings.text_encoder == "minilm":
+        tokens = tokens or text.longest(captions)
+    for start in range(0, len(captions), AT_ONCE):
+        yield caption_states(settings, captions[start : start + AT_ONCE], tokens, device)
 
 
 def text_source(settings: Encode) -> object:

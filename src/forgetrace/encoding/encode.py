@@ -14,7 +14,6 @@ from forgetrace.artifacts import (
     read_array,
     read_json,
     sha256_of,
-    write_array,
     write_array_in_parts,
     write_json,
     write_table,
@@ -22,7 +21,7 @@ from forgetrace.artifacts import (
 from forgetrace.datasets.contract import captions_of
 from forgetrace.datasets.images import TrainingImages
 from forgetrace.datasets.prepare import TRAIN, read_metadata
-from forgetrace.encoding.captions import caption_states, text_source
+from forgetrace.encoding.captions import caption_parts, text_source
 from forgetrace.encoding.codec import Codec, codec_of
 from forgetrace.layout import Layout
 from forgetrace.progress import progress
@@ -47,25 +46,29 @@ def encode(layout: Layout, device: "torch.device | str" = "cpu") -> None:
     """
     rows = _training_rows(layout)
     shape = read_json(layout.data_manifest)["image_shape"]
-    captions = [*sorted({row["text"] for row in rows}), EMPTY]
+    texts = [captions_of(row["text"]) for row in rows]
+    captions = [*sorted(set(chain(*texts))), EMPTY]
     row_of = {caption: i for i, caption in enumerate(captions)}
     index = pd.DataFrame(
         {
             "image_id": [row["id"] for row in rows],
             "file_name": [row["file_name"] for row in rows],
-            "caption": [row["text"] for row in rows],
-            "caption_row": [row_of[row["text"]] for row in rows],
+            "caption": [own[0] for own in texts],
+            "caption_row": [row_of[own[0]] for own in texts],
         }
     )
-    codec = codec_of(layout.config.encode, device)
-    latents = _latents(layout, codec, [row["file_name"] for row in rows], tuple(shape))
-    first = next(latents)
-    write_array_in_parts(layout.latents, (len(rows), *first.shape[1:]), chain([first], latents))
-    write_array(layout.captions, caption_states(layout.config.encode, captions, device=device))
+    if any(len(own) > 1 for own in texts):
+        index["caption_rows"] = [[row_of[caption] for caption in own] for own in texts]
+    settings, names = layout.config.encode, [row["file_name"] for row in rows]
+    codec = codec_of(settings, device)
+    orientations = [False, True] if settings.flips else [False]
+    parts = chain(*(_latents(layout, codec, names, tuple(shape), mirrored) for mirrored in orientations))
+    _write(layout.latents, len(orientations) * len(rows), parts)
+    _write(layout.captions, len(captions), caption_parts(settings, captions, device), settings.caption_dtype)
     made_by = provenance(layout.config.digest_of("encode"), {"metadata": layout.metadata, "data": layout.data_manifest})
     write_table(layout.index, index, made_by)
     # Equal on every machine, unlike the bits a text encoder computes on another CPU.
-    source = [made_by["inputs"], made_by["config"], text_source(layout.config.encode), layout.config.seed]
+    source = [made_by["inputs"], made_by["config"], text_source(settings), layout.config.seed]
     source += [codec.files] if codec.files else []
     write_json(
         layout.encode_manifest,
@@ -85,10 +88,14 @@ def _files(layout: Layout) -> dict[str, str]:
     return {"latents": layout.latents, "captions": layout.captions, "index": layout.index}
 
 
+def _write(path: str, count: int, parts: Iterator[np.ndarray], dtype: str = "float32") -> None:
+    """Write ``count`` rows that come in parts."""
+    first = next(parts)
+    write_array_in_parts(path, (count, *first.shape[1:]), chain([first], parts), dtype)
+
+
 def _training_rows(layout: Layout) -> list[dict]:
-    rows = [
-        row | {"text": captions_of(row["text"])[0]} for row in read_metadata(layout.metadata) if row["split"] == TRAIN
-    ]
+    rows = [row for row in read_metadata(layout.metadata) if row["split"] == TRAIN]
     limit = layout.config.encode.max_images
     if limit is None or limit >= len(rows):
         return rows
@@ -96,10 +103,12 @@ def _training_rows(layout: Layout) -> list[dict]:
     return [rows[i] for i in sorted(chosen)]
 
 
-def _latents(layout: Layout, codec: Codec, file_names: list[str], shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+def _latents(
+    layout: Layout, codec: Codec, file_names: list[str], shape: tuple[int, ...], mirrored: bool
+) -> Iterator[np.ndarray]:
     """Latents of so many images at a time, (n, C, H, W), float32."""
-    read = TrainingImages(layout)
-    with progress(total=len(file_names), unit="image", what="encoding images") as bar:
+    read, what = TrainingImages(layout), "encoding mirror images" if mirrored else "encoding images"
+    with progress(total=len(file_names), unit="image", what=what) as bar:
         for start in range(0, len(file_names), AT_ONCE):
             images = {name: read(name) for name in file_names[start : start + AT_ONCE]}
             for name, pixels in images.items():
@@ -108,5 +117,6 @@ def _latents(layout: Layout, codec: Codec, file_names: list[str], shape: tuple[i
                         f"{layout.data}/{name} has shape {pixels.shape}, the dataset has {shape}: "
                         f"delete {layout.data_manifest} and run again to rebuild the dataset."
                     )
-            yield codec.encode(np.stack(list(images.values())))
+            pixels = np.stack(list(images.values()))
+            yield codec.encode(np.ascontiguousarray(pixels[:, :, ::-1]) if mirrored else pixels)
             bar.update(len(images))

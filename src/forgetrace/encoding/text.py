@@ -41,6 +41,14 @@ def weights_folder() -> Path:
     return folder
 
 
+def longest(captions: list[str]) -> int:
+    """Tokens of the longest caption."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(weights_folder(), local_files_only=True)
+    return max(len(ids) for ids in tokenizer(captions)["input_ids"])
+
+
 def token_states(captions: list[str], tokens: int | None = None, batch: int = 256) -> np.ndarray:
     """Last hidden states of each caption.
 

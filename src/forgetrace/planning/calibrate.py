@@ -191,6 +191,11 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     images = min(len(trained), config.encode.max_images or len(trained))
     distinct = min(len(texts) * images // len(trained), len(set(texts)))
     facts = {"pictures": len(rows), "images": images, "captions": 1 + distinct}
-    facts |= {"weights": sum(sizes.values()), "latent": latents[0].nbytes, "states": states[0].nbytes}
+    facts |= {"views": len(texts) / len(trained) * (1 + config.encode.flips)}
+    facts |= {
+        "weights": sum(sizes.values()),
+        "latent": latents[0].nbytes,
+        "states": states[0].numel() * np.dtype(config.encode.caption_dtype).itemsize,
+    }
     tensors = [tensor for factors in fits.values() for tensor in factors.values()]
     return units, facts | {"changed": changed, "fitted": sum(t.nbytes for t in tensors), "device": target.type}

@@ -39,16 +39,17 @@ def wall_seconds(stages: Mapping[str, Work], seconds: Mapping[str, float], share
 def disk(layout: Layout, stages: Mapping[str, Work], facts: Mapping[str, int]) -> dict[str, int]:
     """Bytes of each stage's files; ``facts`` as :func:`calibrate` finds them."""
     config, weights, shared = layout.config, facts["weights"], len(layout.shared_models())
+    orientations = 1 + config.encode.flips
     others = max(0, shared - 1)  # retrainings that all queries share: θ0 is one of the models
     draws = config.scan.narrowing.most if config.scan.narrowing else config.scan.timesteps
     own, jobs = stages["retrain"].jobs - others, {stage: work.jobs for stage, work in stages.items()}
     return {stage: 3 * SMALL * number for stage, number in jobs.items()} | {
         "prepare": facts["pictures"] * (LISTED if config.prepare.path else SMALL),
-        "encode": facts["images"] * facts["latent"] + facts["captions"] * facts["states"],
+        "encode": facts["images"] * orientations * facts["latent"] + facts["captions"] * facts["states"],
         "train": weights * (1 + len(config.train.snapshot_steps())),
         "fit": facts["fitted"],
         "unlearn": facts["changed"] * len(config.queries()),
-        "scan": jobs["scan"] * facts["images"] * draws * 4,
+        "scan": jobs["scan"] * facts["images"] * orientations * draws * 4,
         "score": jobs["score"] * facts["images"] * RANKED,
         "retrain": (others + own * config.retrain.keep_weights) * weights + own * 3 * SMALL,
         "measure": jobs["measure"] * shared * 3 * SMALL,
@@ -65,7 +66,7 @@ def plan(layout: Layout, cores: int | None, device: str) -> str:
     check_data(layout)
     begun, (units, facts) = time.perf_counter(), calibrate(layout, device)
     took, cores = time.perf_counter() - begun, cores or os.cpu_count() or 1
-    stages = count(layout, facts["images"], facts["captions"])
+    stages = count(layout, facts["images"], facts["captions"], facts["views"])
     seconds = {stage: job_seconds(work, units) for stage, work in stages.items()}
     wall = wall_seconds(stages, seconds, len(layout.shared_models()) - 1, cores if facts["device"] == "cpu" else 1)
     rates = "".join(f"\n  {name}: {1000 * unit.each:.3g} ms" for name, unit in units.items())

@@ -37,8 +37,15 @@ def fitted(config: Config) -> dict[str, tuple[str, int]]:
     return {curvature: work for curvature, work in FITTED.items() if curvature in wanted}
 
 
-def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
-    """The work of every stage, finished or not, for N ``images`` trained on and their distinct ``captions``."""
+def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[str, Work]:
+    """The work of every stage, finished or not.
+
+    Args:
+        layout: the experiment.
+        images: N, those that are trained on.
+        captions: their distinct ones.
+        views: captions times orientations of an image, on average.
+    """
     config, queries, judged = layout.config, layout.config.queries(), layout.config.judged_queries()
     generated = [query for query in queries if not config.image_query(query)]  # a user's image is not sampled
     shared, recipe, variants = layout.shared_models(), config.train, config.unlearn.values()
@@ -69,14 +76,14 @@ def count(layout: Layout, images: int, captions: int) -> dict[str, Work]:
     scores = (len(config.score.methods) - passes) * len(queries) + passes
     return {
         "prepare": Work(1, {START: 1, PREPARED: 1} | ({IMAGE: images} if config.prepare.path else {})),
-        "encode": Work(1, {TORCH: 1, IMAGE: images, CAPTION: captions}),
+        "encode": Work(1, {TORCH: 1, IMAGE: images * (1 + config.encode.flips), CAPTION: captions}),
         "train": Work(1, {TORCH: 1} | ({} if recipe.pretrained else {STEP: recipe.steps}), recipe.threads),
         "synthesize": Work(len(queries), asking | {CAPTION: len(queries), SAMPLER: len(generated) * sampled}),
         "fit": Work(len(fits), {TORCH: len(fits)} | {unit: config.fit.draws * n for unit, n in fits.values()}),
         "unlearn": Work(
             unlearned + looks, {TORCH: unlearned + looks, GRADIENT: gradients, LOSS: checks, SAMPLER: again}
         ),
-        "scan": Work(1 + unlearned, {TORCH: 1 + unlearned, SCAN: round(images * (most + unlearned * mean))}),
+        "scan": Work(1 + unlearned, {TORCH: 1 + unlearned, SCAN: round(images * views * (most + unlearned * mean))}),
         "score": Work(scores, {START: scores}),
         "retrain": Work(retrained, training | measuring(own, at_once), recipe.threads),
         "measure": Work(len(judged), {TORCH: len(judged)} | measuring(len(shared))),

@@ -1,7 +1,6 @@
 """The fixed sample of other training images whose loss tells what a step destroys."""
 
 import numpy as np
-import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from forgetrace.diffusion.loss import batched_losses
@@ -25,5 +24,5 @@ def others_loss(unet: UNet2DConditionModel, scheduler: DDPMScheduler, encoded: E
     rows = np.tile(np.sort(order), DRAWS)
     length, shape = scheduler.config.num_train_timesteps, encoded.latents.shape[1:]
     timesteps, noise = monte_carlo(seed, "others", range(len(rows)), length, shape)
-    captions = encoded.captions[encoded.caption_rows[torch.from_numpy(rows)]]
-    return float(batched_losses(unet, scheduler, encoded.batch(rows), captions, timesteps, noise).mean())
+    examples = encoded.examples(rows, encoded.picks(seed, "others", range(len(rows))))
+    return float(batched_losses(unet, scheduler, *examples, timesteps, noise).mean())
