@@ -29,6 +29,7 @@ MECHANICS = {
     ("train", "checkpoint_every"),
     ("fit", "chunk"),
     ("scan", "batch_size"),
+    ("scan", "shards"),
     ("retrain", "keep_weights"),
 }
 TRAINING_FIRST, SCORES_NEXT = (
@@ -82,6 +83,7 @@ wildcard_constraints:
     variant=one_of(layout.config.unlearn),
     method=one_of(layout.config.score.methods),
     k=r"\d+",
+    shard=r"\d+",
     draw=r"draw\d+",
     features=one_of(FEATURES),
 
@@ -104,7 +106,7 @@ def shaped_by(stages, *keys, **more):
     """
     settings = layout.config.model_dump(mode="json")
     for section, key in MECHANICS:
-        del settings[section][key]
+        settings[section].pop(key, None)
     values = {}
     for key in keys:
         path = (key,) if isinstance(key, str) else key
@@ -140,6 +142,12 @@ def measures(query):
 MEASURED_AT_ONCE = [
     layout.losses(*model) for model in layout.half_models() + layout.pooled_models()
 ]
+
+
+def shards(scan):
+    """The parts a scan is put together from; none where one job makes it all."""
+    count = layout.config.scan.shards
+    return [layout.scan_shard(scan, shard) for shard in range(count) if count > 1]
 
 
 def scores(query):

@@ -47,7 +47,7 @@ def disk(layout: Layout, stages: Mapping[str, Work], facts: Mapping[str, int]) -
         "train": weights * (1 + config.train.snapshots),
         "fit": facts["fitted"],
         "unlearn": facts["changed"] * len(config.queries()),
-        "scan": jobs["scan"] * facts["images"] * draws * 4,
+        "scan": (1 + jobs["unlearn"]) * facts["images"] * draws * 4,
         "score": jobs["score"] * facts["images"] * RANKED,
         "retrain": (shared - 1 + own * config.retrain.keep_weights) * weights + own * 3 * SMALL,
         "measure": jobs["measure"] * shared * 3 * SMALL,
