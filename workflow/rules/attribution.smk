@@ -132,7 +132,7 @@ rule scan_base:
     resources:
         mem_mb=3000,
         runtime=120,
-        gpu=1,
+        gpu=0 if layout.config.scan.shards > 1 else 1,
     params:
         config=CONFIG_FILE,
         shaped_by=shaped_by("scan", "seed", scan=layout.config.scan.of_base()),
@@ -160,7 +160,7 @@ rule scan:
     resources:
         mem_mb=3000,
         runtime=120,
-        gpu=1,
+        gpu=0 if layout.config.scan.shards > 1 else 1,
     params:
         config=CONFIG_FILE,
         shaped_by=shaped_by("scan", "scan", "seed"),
