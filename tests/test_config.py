@@ -216,7 +216,7 @@ def test_an_option_younger_than_finished_results_is_no_part_of_them_while_it_is_
 
 
 def test_a_narrowed_scan_is_not_sharded():
-    with pytest.raises(UserError, match="'scan': shards cannot split a narrowed scan, .*: remove shards or narrowing"):
+    with pytest.raises(UserError, match=r"'scan': shards cannot split a narrowed scan, .*: remove shards or narrowing"):
         parse(scan={"shards": 2, "narrowing": {}})
 
 

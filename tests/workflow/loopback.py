@@ -7,11 +7,9 @@ Slurm's programs find their configuration in one place only, so a machine with a
 import getpass
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -54,7 +52,7 @@ SSHD = """\
 ListenAddress 127.0.0.1:{port}
 HostKey {folder}/host_key
 PidFile {folder}/sshd.pid
-AuthorizedKeysFile {folder}/client_key.pub
+AuthorizedKeysFile {folder}/authorized_keys
 PasswordAuthentication no
 UsePAM no
 StrictModes no
@@ -108,9 +106,11 @@ def slurm() -> Iterator[None]:
         Refused: this machine has a Slurm of its own, lacks the programs, or we are not root.
     """
     refuse_unless_ready("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel")
-    file = CONFIGURATION / "slurm.conf"
-    if file.exists() and not file.read_text(encoding="utf-8").startswith(MARK):
-        raise Refused(f"{file} is not ours: this machine has a Slurm of its own")
+    for file in (CONFIGURATION / "slurm.conf", CONFIGURATION / "gres.conf"):
+        if file.exists() and file.read_text(encoding="utf-8").startswith(MARK):
+            raise Refused(f"{file} is of a test that runs, or was killed: then end its daemons and delete the file")
+        if file.exists():
+            raise Refused(f"{file} is not ours: this machine has a Slurm of its own")
     with ExitStack() as stack:
         folder = stack.enter_context(folder_of_servers())
         for name in ("state", "spool"):
@@ -144,3 +144,37 @@ def cancel_all() -> None:
 
 def queue() -> str:
     return printed("squeue", "--noheader", "--format=%i %P %T %k")
+
+
+@contextmanager
+def ssh(home: Path) -> Iterator[str]:
+    """An SSH server that the user whose home folder this is reaches by the name it yields.
+
+    Raises:
+        Refused: there is no sshd or no ssh-keygen, or we are not root.
+    """
+    refuse_unless_ready("sshd", "ssh-keygen")
+    with folder_of_servers() as folder, ExitStack() as stack:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        own = home / ".ssh"
+        own.mkdir(mode=0o700)
+        for key in (folder / "host_key", own / "key"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        host = (folder / "host_key.pub").read_text(encoding="utf-8")
+        (own / "known_hosts").write_text(f"[127.0.0.1]:{port} {host}", encoding="utf-8")
+        (own / "config").write_text(
+            f"Host store\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n IdentityFile {own}/key\n"
+        )
+        shutil.copy(own / "key.pub", folder / "authorized_keys")
+        (folder / "sshd_config").write_text(SSHD.format(folder=folder, port=port), encoding="utf-8")
+        Path("/run/sshd").mkdir(exist_ok=True)  # sshd's empty folder, which its service makes otherwise
+        stack.enter_context(daemon(shutil.which("sshd"), "-D", "-f", folder / "sshd_config"))
+        wait_for(lambda: listens(port), 20)
+        yield "store"
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -18,11 +18,10 @@ import yaml
 from forgetrace.layout import Layout, load_layout
 
 from . import loopback
-from .conftest import ROOT, Checkout, wait_for
+from .conftest import REPRODUCE, ROOT, Checkout, layout_of, wait_for
 
 PROFILE = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text(encoding="utf-8"))
 RULE = re.compile(r"^(?:use rule (\w+) as|rule) (\w+)\b", re.MULTILINE)
-REPRODUCE = ("make", "-o", "environment", "reproduce")
 
 
 def rules() -> dict[str, bool]:
@@ -101,7 +100,7 @@ def story(tmp_path_factory) -> Story:
     shutil.copy(ROOT / "tests/workflow/mini.yaml", checkout.folder / "config/digits.yaml")
     checkout.edit("profiles/slurm/config.yaml", "latency-wait: 60 ", "latency-wait: 5 ")  # files are local here
     checkout.environment["SNAKEMAKE_PROFILE"] = "profiles/slurm"
-    story, layout = Story(checkout), load_layout(checkout.folder / "config/digits.yaml")
+    story, layout = Story(checkout), layout_of(checkout)
     with loopback.slurm():
         kill_during_trainings(story, layout)
         resume_with_accidents(story, layout)
@@ -138,12 +137,15 @@ def resume_with_accidents(story: Story, layout: Layout) -> None:
     path = story.checkout.environment["PATH"]
     story.checkout.environment["PATH"] = f"{failing}:{path}"
     run = story.checkout.start(*REPRODUCE, stderr=subprocess.PIPE)
-    wait_for(lambda: running("rule_unlearn") or run.poll() is not None)
-    subprocess.run(["scancel", *running("rule_unlearn")], check=True)
-    story.resumed = (said := run.communicate()[1], run.returncode)[::-1]
-    assert said is not None
+    try:
+        wait_for(lambda: running("rule_unlearn") or run.poll() is not None)
+        subprocess.run(["scancel", *running("rule_unlearn")], check=True)
+        said = run.communicate(timeout=600)[1]
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    story.resumed, story.jobs = (run.returncode, said), accounts()
     story.checkout.environment["PATH"] = path
-    story.jobs = accounts()
 
 
 def running(comment: str) -> list[str]:
@@ -224,7 +226,8 @@ def test_neither_tool_has_anything_left_to_do(story):
 def test_a_slurm_that_is_not_ours_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(loopback, "CONFIGURATION", tmp_path)
     monkeypatch.setattr(loopback, "refuse_unless_ready", lambda *programs: None)
-    (tmp_path / "slurm.conf").write_text("ClusterName=theirs\n")
-    with pytest.raises(loopback.Refused, match="this machine has a Slurm of its own"), loopback.slurm():
-        pass
-    assert (tmp_path / "slurm.conf").read_text() == "ClusterName=theirs\n"
+    for content, reason in (("ClusterName=theirs\n", "has a Slurm of its own"), (loopback.MARK, "of a test that runs")):
+        (tmp_path / "slurm.conf").write_text(content)
+        with pytest.raises(loopback.Refused, match=reason), loopback.slurm():
+            pass
+        assert (tmp_path / "slurm.conf").read_text() == content
