@@ -42,6 +42,7 @@ def assert_one_sentence(result: tuple[int, str], *parts: str) -> None:
     [
         (["scan", "--variant", "unlearn"], ["--variant and --query go together"]),
         (["scan", "--query", "report-00"], ["--variant and --query go together"]),
+        (["scan", "--shard", "1"], ["--shard 1: scan.shards of", "is 1, and the first shard is 0"]),
         (["scan", "--variant", "nope", "--query", "report-00"], ["--variant nope", "unlearn, unlearn-sgd"]),
         (
             ["unlearn", "--variant", "unlearn", "--query", "report-07"],

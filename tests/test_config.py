@@ -211,6 +211,13 @@ def test_an_option_younger_than_finished_results_is_no_part_of_them_while_it_is_
     without, narrowed = Scan(), Scan(narrowing=Narrowing())
     assert "narrowing" not in without.model_dump(mode="json")
     assert narrowed.model_dump(mode="json")["narrowing"]["first"] == 6
+    assert "shards" not in without.model_dump(mode="json")
+    assert Scan(shards=3).of_base() == without.of_base()
+
+
+def test_a_narrowed_scan_is_not_sharded():
+    with pytest.raises(UserError, match=r"'scan': shards cannot split a narrowed scan, .*: remove shards or narrowing"):
+        parse(scan={"shards": 2, "narrowing": {}})
 
 
 def test_a_newton_steps_results_hang_on_what_they_always_did():

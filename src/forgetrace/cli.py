@@ -207,6 +207,9 @@ def scan(
     config: ConfigPath,
     variant: Annotated[str | None, typer.Option(help="Unlearning variant; without it θ0 is scanned.")] = None,
     query: Annotated[str | None, typer.Option(help="Query that was unlearned; goes with --variant.")] = None,
+    shard: Annotated[
+        int | None, typer.Option(help="Scan one of scan.shards parts of the images, from 0; by default all.", min=0)
+    ] = None,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -214,10 +217,12 @@ def scan(
     if (variant is None) != (query is None):
         raise UserError("--variant and --query go together; without both, θ0 is scanned.")
     layout = _experiment(config, query)
+    if shard is not None and shard >= (shards := layout.config.scan.shards):
+        raise UserError(f"--shard {shard}: scan.shards of {config} is {shards}, and the first shard is 0.")
     _use(threads)
     from forgetrace.attribution.scan import scan
 
-    scan(layout, _variant(layout, variant) if variant else None, query, device)
+    scan(layout, _variant(layout, variant) if variant else None, query, device, shard)
 
 
 @app.command(help=f"Rank the training images for one query.\n\n\b\nAttribution methods:\n{describe()}")

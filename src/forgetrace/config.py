@@ -363,16 +363,26 @@ class Scan(Section):
         "shared", description="One noise per timestep for all images, or one per image and timestep."
     )
     batch_size: Positive = Field(250, description="UNet evaluations at once; does not change the result.")
+    shards: Positive = Field(
+        1,
+        description="Jobs that share a scan, each with a part of the images; does not change the result. Not with "
+        "narrowing.",
+        exclude_if=_one,
+    )
 
     @model_validator(mode="after")
     def _one_of(self):
         if self.narrowing and "timesteps" in self.model_fields_set:
             raise ValueError("timesteps has no effect with narrowing: remove it")
+        if self.narrowing and self.shards > 1:
+            raise ValueError(
+                "shards cannot split a narrowed scan, whose every round looks at all images: remove shards or narrowing"
+            )
         return self
 
     def of_base(self) -> dict:
         """The settings θ0's scan hangs on: of narrowing, only how many draws there can be."""
-        settings = self.model_dump(mode="json", exclude={"narrowing", "batch_size"})
+        settings = self.model_dump(mode="json", exclude={"narrowing", "batch_size", "shards"})
         return settings | ({"most": self.narrowing.most} if self.narrowing else {})
 
 

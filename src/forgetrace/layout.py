@@ -212,6 +212,11 @@ class Layout:
         """Loss of every training image and timestep under unlearned weights."""
         return f"{self.root}/scan/{variant}/{query}.npz"
 
+    def scan_shard(self, scan: str, shard: int | str) -> str:
+        """Losses of a part of the images, for :attr:`base_scan` or :meth:`scan`; needed until that is complete."""
+        stem = scan.removeprefix(f"{self.root}/scan/").removesuffix(".npz")
+        return f"{self.checkpoints('scan')}/{stem}/shard-{shard}.npz"
+
     def score(self, method: str, query: str) -> str:
         """Table of image_id, score, rank (1 is the most influential), by descending score."""
         return f"{self.root}/score/{method}/{query}.parquet"

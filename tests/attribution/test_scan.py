@@ -10,7 +10,8 @@ from diffusers import UNet2DConditionModel
 
 from forgetrace.artifacts import read_arrays, read_json, write_array
 from forgetrace.attribution import scan as module
-from forgetrace.attribution.scan import scan, scan_losses, scan_noise
+from forgetrace.attribution.scan import scan, scan_losses, scan_noise, shard_rows
+from forgetrace.config import Scan
 from forgetrace.diffusion.inference import for_inference
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
@@ -188,6 +189,69 @@ def test_a_leftover_of_another_shape_or_damaged_is_started_afresh(tiny, monkeypa
                 paths[0].write_bytes(damage)
         scan(tiny, device="cpu")
         np.testing.assert_array_equal(read_arrays(tiny.base_scan)["losses"], finished)
+
+
+SHARDED = {"shards": 3, "batch_size": 16}  # ten batches of four images
+
+
+def sharded(layout: Layout, **scan_settings) -> Layout:
+    return replace(layout, config=settings(scan=SHARDED | scan_settings))
+
+
+@pytest.mark.parametrize("model", [(None, None), ("unlearn", "report-00")])
+@pytest.mark.parametrize("batch_size", [16, 3])
+def test_shards_make_the_very_file_of_the_undivided_scan(tiny, monkeypatch, model, batch_size):
+    layout = sharded(tiny, batch_size=batch_size)
+    output = Path(layout.scan(*model) if model[0] else layout.base_scan)
+    scan(replace(tiny, config=settings(scan={"batch_size": batch_size})), *model, "cpu")
+    undivided = output.read_bytes()
+    output.unlink()
+    for shard in (2, 0, 1):
+        scan(layout, *model, "cpu", shard)
+        assert not output.exists()
+    sizes = interrupt_after(monkeypatch, -1, None)
+    scan(layout, *model, "cpu")
+    assert sizes == [], "the shards had scanned it all"
+    assert output.read_bytes() == undivided
+
+
+@pytest.mark.parametrize("images", [1, 7, 40, 41])
+@pytest.mark.parametrize("shards", [1, 2, 3, 12])
+def test_shards_are_whole_batches_and_hold_every_image_once(images, shards):
+    options = Scan(shards=shards, batch_size=16)
+    parts = [shard_rows(images, TIMESTEPS, options, shard) for shard in range(shards)]
+    assert np.concatenate(parts).tolist() == list(range(images))
+    assert all(part[0] % 4 == 0 for part in parts if len(part))
+    sizes = sorted(len(part) for part in parts)
+    assert sizes[-1] - sizes[0] <= 2 * 4
+
+
+def test_a_killed_shard_continues_with_its_missing_images(tiny, monkeypatch):
+    layout = sharded(tiny)
+
+    def killed():
+        interrupt_after(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        scan(layout, device="cpu", shard=1)
+
+    assert in_child(killed) == signal.SIGKILL
+    sizes = interrupt_after(monkeypatch, -1, None)
+    scan(layout, device="cpu", shard=1)
+    assert sizes == [4] * (len(shard_rows(IMAGES, TIMESTEPS, layout.config.scan, 1)) // 4 - 2)
+    assert [path.name for path in Path(layout.checkpoints("scan")).iterdir()] == ["base"]
+
+
+def test_what_shards_lack_or_scanned_with_other_weights_is_scanned_again(tiny, monkeypatch):
+    layout = sharded(tiny)
+    for shard in range(3):
+        scan(layout, "unlearn", "report-00", "cpu", shard)
+    expected = read_arrays(tiny.scan("unlearn", "mine"))["losses"]
+    ours, others = (Path(layout.scan_shard(layout.scan("unlearn", query), 0)) for query in ("mine", "report-00"))
+    scan(layout, "unlearn", "mine", "cpu", 2)
+    os.replace(others, ours)  # of other weights
+    sizes = interrupt_after(monkeypatch, -1, None)
+    scan(layout, "unlearn", "mine", "cpu")
+    assert sum(sizes) == IMAGES - len(shard_rows(IMAGES, TIMESTEPS, layout.config.scan, 2))
+    np.testing.assert_allclose(read_arrays(tiny.scan("unlearn", "mine"))["losses"], expected, rtol=1e-6)
 
 
 def test_the_scan_records_what_made_it(tiny):

@@ -10,7 +10,7 @@ from forgetrace.attribution import registry
 from forgetrace.attribution.contract import Features, Together
 from forgetrace.attribution.score import TOOK
 from forgetrace.config import Variant
-from forgetrace.evaluation.cost import COST, cost, needs, timing
+from forgetrace.evaluation.cost import COST, cost, needs, timings
 
 from . import synthetic
 from .test_tables import row_of
@@ -135,9 +135,9 @@ def test_a_job_for_all_queries_is_shared_and_features_are_paid_once(layout, monk
         layout.fisher,
         layout.score("pixel-l2", "report-00"),
     }
-    assert timing(layout, "pixel-l2", layout.score("pixel-l2", "report-00")) == (
+    assert timings(layout, "pixel-l2", layout.score("pixel-l2", "report-00")) == [
         "timings/synthetic/score/pixel-l2/all.tsv"
-    )
+    ]
     ran("timings/synthetic/fit/gradients-t10.tsv", 30, 900)
     ran("timings/synthetic/fit/fisher.tsv", 70, 200)
     ran("timings/synthetic/score/pixel-l2/all.tsv", 20, 1000)

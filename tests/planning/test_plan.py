@@ -77,6 +77,12 @@ def test_a_narrowed_scan_counts_its_budget_and_all_draws_of_the_base_model():
     assert narrowed["scan"].units[work.SCAN] == 40 * (98 + 2 * 3 * 12)
 
 
+def test_shards_are_jobs_of_their_own_with_the_same_evaluations():
+    whole, parts = counted()["scan"], counted(scan={"shards": 3})["scan"]
+    assert parts.jobs == whole.jobs * (3 + 1)
+    assert parts.units[work.SCAN] == whole.units[work.SCAN]
+
+
 def test_twice_the_queries_are_twice_the_unlearned_scans():
     few, many = (counted(synthesize={"queries": [{"pool": "report", "count": n}]})["scan"] for n in (2, 4))
     assert (few.jobs, many.jobs) == (1 + 2 * 2, 1 + 2 * 4)

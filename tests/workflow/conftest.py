@@ -6,11 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from forgetrace.layout import Layout, load_layout
+
 ROOT = Path(__file__).parents[2]
+REPRODUCE = ("make", "-o", "environment", "reproduce")  # in the environment of the tests instead of one of its own
 # What a clone needs to run; data, results and the environment are the test's own.
 PARTS = (
     ".dvc/config", ".dvcignore", ".gitignore", "Makefile", "Snakefile", "config", "dvc.yaml", "profiles",
@@ -91,3 +95,69 @@ class Checkout:
 def checkout(tmp_path_factory) -> Checkout:
     """A checkout in which nothing has run, for dry runs; its folder's name has a space."""
     return Checkout.create(tmp_path_factory.mktemp("checkout") / "a clone")
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> Checkout:
+    """A checkout in which the whole smoke experiment has run and is in git."""
+    checkout = Checkout.create(tmp_path_factory.mktemp("smoke") / "a run")
+    shutil.copy(checkout.folder / "config/smoke.yaml", checkout.folder / "config/digits.yaml")
+    checkout("snakemake", "--cores", "2")
+    checkout("git", "init", "--quiet")
+    for key, value in (("user.name", "Test"), ("user.email", "test@example.org")):
+        checkout("git", "config", key, value)
+    checkout("dvc", "add", "--quiet", "data")
+    checkout("dvc", "commit", "--quiet", "--force")
+    commit(checkout)
+    return checkout
+
+
+def commit(checkout: Checkout) -> None:
+    checkout("git", "add", "--all")
+    checkout("git", "commit", "--quiet", "--message", "state")
+
+
+def layout_of(checkout: Checkout) -> Layout:
+    return load_layout(checkout.folder / "config/digits.yaml")
+
+
+@contextmanager
+def edited(checkout: Checkout, path: str, old: str, new: str):
+    """A file changed for the length of a block."""
+    file = checkout.folder / path
+    before = file.read_bytes()
+    checkout.edit(path, old, new)
+    try:
+        yield
+    finally:
+        file.write_bytes(before)
+
+
+def copy_of(checkout: Checkout, folder: Path) -> Checkout:
+    """A second checkout in the same state."""
+    shutil.copytree(checkout.folder, folder / "a copy")
+    return Checkout(folder / "a copy")
+
+
+@pytest.fixture(scope="session")
+def clone(smoke, tmp_path_factory) -> Checkout:
+    """A fresh clone that has pulled from a DVC remote in a folder."""
+    folder = tmp_path_factory.mktemp("clone")
+    return clone_of(smoke, folder, str(folder / "remote"))
+
+
+def clone_of(checkout: Checkout, folder: Path, remote: str) -> Checkout:
+    """Push to a DVC remote, clone into ``folder`` and pull there with ``make pull``."""
+    checkout("dvc", "remote", "add", "--quiet", "--default", "store", remote)
+    commit(checkout)
+    checkout("dvc", "push", "--quiet")
+    checkout("git", "clone", "--quiet", str(checkout.folder), str(folder / "a clone"))
+    clone = Checkout(folder / "a clone")
+    clone.environment["HOME"] = checkout.environment["HOME"]
+    pull(clone)
+    return clone
+
+
+def pull(checkout: Checkout, check: bool = True) -> subprocess.CompletedProcess:
+    """``make pull`` in the environment of the tests."""
+    return checkout("make", "-o", "environment", "pull", check=check)

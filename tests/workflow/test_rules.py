@@ -116,6 +116,14 @@ def test_tables_are_made_of_what_the_config_asks_for(checkout):
         assert {name for name in tables if f"evaluate/{name}.csv" in outputs.partition("log:")[0]} == left
 
 
+def test_shards_are_jobs_that_their_scan_waits_for(checkout):
+    config = (ROOT / "config/smoke.yaml").read_text(encoding="utf-8")
+    (checkout.folder / "shards.yaml").write_text(config.replace("timesteps: 4", "timesteps: 4\n  shards: 3"))
+    planned = checkout.planned("all_scan", "--configfile", "shards.yaml")
+    assert (planned["scan_base"], planned["scan_base_shard"]) == (1, 3)
+    assert planned["scan_shard"] == 3 * planned["scan"]
+
+
 def test_a_narrowed_scan_waits_for_the_base_models(checkout):
     config = (ROOT / "config/smoke.yaml").read_text(encoding="utf-8")
     rounds = "narrowing: {first: 2, mean: 3, most: 6, tops: [20]}"

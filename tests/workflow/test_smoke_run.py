@@ -21,60 +21,15 @@ import pandas as pd
 import pytest
 import yaml
 
-from forgetrace.layout import Layout, load_layout
-
-from .conftest import Checkout, wait_for
+from .conftest import REPRODUCE, Checkout, copy_of, edited, layout_of, pull, wait_for
 from .test_dvc_stages import STAGE_OF, STAGES
 
 pytestmark = pytest.mark.slow
 
-REPRODUCE = ("make", "-o", "environment", "reproduce")  # in the environment of the tests instead of one of its own
 AFTER_UNLEARN = {
     "unlearn", "regenerate_unlearned", "scan", "score", "figure_attribution", "retrain", "retrain_pool", "evaluate",
     "figure_counterfactual", "figure_delta", "figure_lds", "figure_unlearning",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory) -> Checkout:
-    """A checkout in which the whole smoke experiment has run and is in git."""
-    checkout = Checkout.create(tmp_path_factory.mktemp("smoke") / "a run")
-    shutil.copy(checkout.folder / "config/smoke.yaml", checkout.folder / "config/digits.yaml")
-    checkout("snakemake", "--cores", "2")
-    checkout("git", "init", "--quiet")
-    for key, value in (("user.name", "Test"), ("user.email", "test@example.org")):
-        checkout("git", "config", key, value)
-    checkout("dvc", "add", "--quiet", "data")
-    checkout("dvc", "commit", "--quiet", "--force")
-    commit(checkout)
-    return checkout
-
-
-def commit(checkout: Checkout) -> None:
-    checkout("git", "add", "--all")
-    checkout("git", "commit", "--quiet", "--message", "state")
-
-
-def layout_of(checkout: Checkout) -> Layout:
-    return load_layout(checkout.folder / "config/digits.yaml")
-
-
-@contextmanager
-def edited(checkout: Checkout, path: str, old: str, new: str):
-    """A file changed for the length of a block."""
-    file = checkout.folder / path
-    before = file.read_bytes()
-    checkout.edit(path, old, new)
-    try:
-        yield
-    finally:
-        file.write_bytes(before)
-
-
-def copy_of(checkout: Checkout, folder: Path) -> Checkout:
-    """A second checkout in the same state."""
-    shutil.copytree(checkout.folder, folder / "a copy")
-    return Checkout(folder / "a copy")
 
 
 def test_everything_is_there_and_nothing_is_left_to_do(smoke):
@@ -167,6 +122,22 @@ def test_a_raised_version_reruns_its_stage(smoke):
 def test_how_a_stage_computes_reruns_nothing(smoke):
     with edited(smoke, "config/digits.yaml", "scan:\n", "scan:\n  batch_size: 7\n"):
         assert smoke.planned() == {}
+
+
+def test_shards_leave_the_same_scans_and_nothing_else(smoke, tmp_path):
+    checkout = copy_of(smoke, tmp_path)
+    shrink(checkout)
+    layout = layout_of(checkout)
+    scans = [checkout.folder / path for path in (layout.base_scan, layout.scan("unlearn", "report-00"))]
+    whole = [path.read_bytes() for path in scans]
+    for path in scans:
+        path.unlink()
+    checkout.edit("config/digits.yaml", "scan:\n", "scan:\n  shards: 2\n")
+    checkout("snakemake", "--cores", "2", "all_scan")
+    assert [path.read_bytes() for path in scans] == whole
+    assert (checkout.folder / layout.timing("scan", "base", "shard-1")).exists()
+    assert not list((checkout.folder / layout.checkpoints("scan")).rglob("*.npz"))
+    assert checkout.planned("all_scan") == {}
 
 
 @dataclass
@@ -333,30 +304,6 @@ def test_a_read_only_stage_is_one_sentence_and_nothing_is_damaged(smoke, tmp_pat
     assert contents(checkout) == before
     checkout(*ordinary(*REPRODUCE))
     assert contents(checkout).keys() - before.keys() == {figures / "training.png", figures / "training.pdf"}
-
-
-@pytest.fixture(scope="session")
-def clone(smoke, tmp_path_factory) -> Checkout:
-    """A fresh clone that has pulled from a local DVC remote with ``make pull``."""
-    folder = tmp_path_factory.mktemp("clone")
-    smoke("dvc", "remote", "add", "--quiet", "--default", "local", str(folder / "remote"))
-    commit(smoke)
-    smoke("dvc", "push", "--quiet")
-    smoke("git", "clone", "--quiet", str(smoke.folder), str(folder / "a clone"))
-    clone = Checkout(folder / "a clone")
-    pull(clone)
-    return clone
-
-
-def pull(checkout: Checkout, check: bool = True) -> subprocess.CompletedProcess:
-    """``make pull`` in the environment of the tests."""
-    return checkout("make", "-o", "environment", "pull", check=check)
-
-
-def test_a_clone_that_has_pulled_has_nothing_to_do(clone):
-    assert clone.planned() == {}
-    assert json.loads(clone("dvc", "status", "--json").stdout) == {}
-    assert clone("git", "status", "--porcelain").stdout == ""
 
 
 def test_a_changed_parameter_reruns_the_same_stages_in_snakemake_and_dvc(clone):

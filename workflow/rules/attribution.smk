@@ -158,6 +158,7 @@ rule scan_base:
     input:
         MODEL,
         ENCODED,
+        shards(layout.base_scan),
     output:
         layout.base_scan,
     log:
@@ -171,7 +172,7 @@ rule scan_base:
     resources:
         mem_mb=3000,
         runtime=120,
-        gpu=1,
+        gpu=0 if layout.config.scan.shards > 1 else 1,
     params:
         config=CONFIG_FILE,
         shaped_by=shaped_by("scan", "seed", scan=layout.config.scan.of_base()),
@@ -185,6 +186,7 @@ rule scan:
         ENCODED,
         layout.unlearned("{variant}", "{query}")["weights"],
         [layout.base_scan] if layout.config.scan.narrowing else [],
+        shards(layout.scan("{variant}", "{query}")),
     output:
         layout.scan("{variant}", "{query}"),
     log:
@@ -198,13 +200,67 @@ rule scan:
     resources:
         mem_mb=3000,
         runtime=120,
-        gpu=1,
+        gpu=0 if layout.config.scan.shards > 1 else 1,
     params:
         config=CONFIG_FILE,
         shaped_by=shaped_by("scan", "scan", "seed"),
     shell:
         "forgetrace scan --config {params.config:q} --variant {wildcards.variant:q}"
         " --query {wildcards.query:q} --threads {threads} --device auto > {log:q} 2>&1"
+
+
+# With scan.shards, scan and scan_base only put together what these jobs have computed.
+rule scan_shard:
+    input:
+        MODEL,
+        ENCODED,
+        layout.unlearned("{variant}", "{query}")["weights"],
+    output:
+        temp(layout.scan_shard(layout.scan("{variant}", "{query}"), "{shard}")),
+    log:
+        log_file("scan", "{variant}", "{query}", "shard-{shard}"),
+    benchmark:
+        benchmark_file("scan", "{variant}", "{query}", "shard-{shard}")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=120,
+        gpu=1,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("scan", "scan", "seed"),
+    shell:
+        "forgetrace scan --config {params.config:q} --variant {wildcards.variant:q}"
+        " --query {wildcards.query:q} --shard {wildcards.shard} --threads {threads} --device auto > {log:q} 2>&1"
+
+
+rule scan_base_shard:
+    input:
+        MODEL,
+        ENCODED,
+    output:
+        temp(layout.scan_shard(layout.base_scan, "{shard}")),
+    log:
+        log_file("scan", "base", "shard-{shard}"),
+    benchmark:
+        benchmark_file("scan", "base", "shard-{shard}")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=120,
+        gpu=1,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("scan", "seed", scan=layout.config.scan.of_base()),
+    shell:
+        "forgetrace scan --config {params.config:q} --shard {wildcards.shard}"
+        " --threads {threads} --device auto > {log:q} 2>&1"
 
 
 rule all_scan:

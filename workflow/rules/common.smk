@@ -31,6 +31,7 @@ MECHANICS = {
     ("train", "checkpoint_every"),
     ("fit", "chunk"),
     ("scan", "batch_size"),
+    ("scan", "shards"),
     ("retrain", "keep_weights"),
 }
 TRAINING_FIRST, SCORES_NEXT = (
@@ -84,6 +85,7 @@ wildcard_constraints:
     variant=one_of(layout.config.unlearn),
     method=one_of(layout.config.score.methods),
     k=r"\d+",
+    shard=r"\d+",
     draw=r"draw\d+",
     features=one_of(FEATURES),
 
@@ -106,7 +108,7 @@ def shaped_by(stages, *keys, **more):
     """
     settings = layout.config.model_dump(mode="json")
     for section, key in MECHANICS:
-        del settings[section][key]
+        settings[section].pop(key, None)
     values = {}
     for key in keys:
         path = (key,) if isinstance(key, str) else key
@@ -145,6 +147,12 @@ MEASURED_AT_ONCE = [
 
 
 REGENERATED = list(layout.config.unlearn) if layout.config.evaluate.others else []
+
+
+def shards(scan):
+    """The parts a scan is put together from; none where one job makes it all."""
+    count = layout.config.scan.shards
+    return [layout.scan_shard(scan, shard) for shard in range(count) if count > 1]
 
 
 def scores(query):

@@ -3,7 +3,8 @@
 A loss is the mean over the captions of an image; mirror images, where there are any, have rows of their own behind all
 others. Two scans are compared row by row, so both use the same (t, ε). The scan of a query may be narrowed to
 the images that matter (:mod:`forgetrace.attribution.narrowing`), that of θ0 never is. Results go to a memory-mapped
-file beside the outputs as they come; a killed scan continues with the images that are missing.
+file beside the outputs as they come; a killed scan continues with the images that are missing. Several jobs may share
+a scan: each writes the losses of its images, and the scan that is then asked for puts them together.
 """
 
 import functools
@@ -25,6 +26,7 @@ from forgetrace.artifacts import (
 )
 from forgetrace.attribution.narrowing import narrow
 from forgetrace.attribution.resumable import resumable
+from forgetrace.config import Scan
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.inference import for_inference
 from forgetrace.diffusion.loss import example_losses
@@ -35,8 +37,22 @@ from forgetrace.layout import Layout
 from forgetrace.progress import progress
 
 
-def scan(layout: Layout, variant: str | None = None, query: str | None = None, device: str = "auto") -> None:
+def scan(
+    layout: Layout,
+    variant: str | None = None,
+    query: str | None = None,
+    device: str = "auto",
+    shard: int | None = None,
+) -> None:
     """Scan under θ0, or under the unlearned weights of (variant, query).
+
+    Args:
+        layout: the experiment.
+        variant: how the query was unlearned.
+        query: what was unlearned.
+        device: as :func:`pick_device` names it.
+        shard: which of the ``scan.shards`` parts of the images to scan, from 0; None makes the whole scan of what
+            the shards have left, and itself scans what they have not.
 
     Raises:
         UserError: weights or data are missing, damaged or do not fit.
@@ -47,24 +63,53 @@ def scan(layout: Layout, variant: str | None = None, query: str | None = None, d
     weights = layout.unlearned(variant, query)["weights"] if of_query else layout.weights
     output = layout.scan(variant, query) if of_query else layout.base_scan
     narrowed = of_query and settings.narrowing is not None
-    unet = for_inference(load_unet(layout, pick_device(device), changed=weights))
     bank = scan_noise(layout, encoded, scheduler)
     read = {"base": layout.weights, "weights": weights} | ({"before": layout.base_scan} if narrowed else {})
     shaping = settings.model_dump(mode="json") if narrowed else settings.of_base()
     made_by = provenance({"seed": layout.config.seed, "scan": shaping}, read)
     key = fingerprint([made_by, sha256_of(layout.latents), stage_versions("scan")])
-    partial = Path(layout.checkpoints("scan")) / f"{key}.npy"
+    rows = np.arange(len(encoded.latents))
+    if shard is not None:
+        rows = shard_rows(len(encoded.latents), len(bank.timesteps), settings, shard)
+    partial = Path(layout.checkpoints("scan")) / (f"{key}.npy" if shard is None else f"{key}-{shard}.npy")
     losses = resumable(partial, (len(encoded.latents), len(bank.timesteps)))
-    evaluate = functools.partial(scan_losses, unet, scheduler, encoded, bank, losses, settings.batch_size)
-    total = settings.narrowing.mean * len(losses) if narrowed else losses.size
-    with progress(total=round(total), unit="loss", what="scan", done=(~np.isnan(losses)).sum()) as bar:
-        if narrowed:
-            before = base_losses(layout, bank)
-            narrow(settings.narrowing, before, losses, functools.partial(evaluate, done=bar.update))
-        else:
-            evaluate(done=bar.update)
-    write_arrays(output, {"losses": np.array(losses), "timesteps": bank.timesteps}, made_by)
+    if shard is None:
+        take_shards(layout, output, key, losses)
+    missing = np.isnan(losses[rows])
+    total = settings.narrowing.mean * len(losses) if narrowed else missing.size
+    if missing.any():
+        unet = for_inference(load_unet(layout, pick_device(device), changed=weights))
+        evaluate = functools.partial(scan_losses, unet, scheduler, encoded, bank, losses, settings.batch_size)
+        with progress(total=round(total), unit="loss", what="scan", done=(~missing).sum()) as bar:
+            if narrowed:
+                before = base_losses(layout, bank)
+                narrow(settings.narrowing, before, losses, functools.partial(evaluate, done=bar.update))
+            else:
+                evaluate(rows=rows, done=bar.update)
+    if shard is None:
+        write_arrays(output, {"losses": np.array(losses), "timesteps": bank.timesteps}, made_by)
+    else:
+        part = {"key": np.array(key), "rows": rows, "losses": losses[rows]}
+        write_arrays(layout.scan_shard(output, shard), part, made_by)
     partial.unlink()
+
+
+def shard_rows(images: int, draws: int, settings: Scan, shard: int) -> np.ndarray:
+    """The images of one of ``settings.shards`` parts: whole batches of the undivided scan, so that no loss differs.
+
+    How a loss is rounded may depend on the size of its batch.
+    """
+    block = _block(draws, settings.batch_size)
+    first = np.linspace(0, -(-images // block), settings.shards + 1).round().astype(int) * block
+    return np.arange(first[shard], min(first[shard + 1], images))
+
+
+def take_shards(layout: Layout, output: str, key: str, losses: np.ndarray) -> None:
+    """Fill in (N, T) ``losses`` from what the shards of a scan have left, as far as they hang on the same ``key``."""
+    for shard in range(layout.config.scan.shards):
+        path = layout.scan_shard(output, shard)
+        if Path(path).exists() and (part := read_arrays(path))["key"] == key:
+            losses[part["rows"]] = part["losses"]
 
 
 def base_losses(layout: Layout, bank: NoiseBank) -> np.ndarray:
@@ -120,8 +165,7 @@ def scan_losses(
     )
     missing = np.flatnonzero(np.isnan(losses[rows[:, None], draws]).any(axis=1))
     # Images outermost: a batch then holds few captions, each projected to keys and values once.
-    width = min(draws.shape[1], batch_size)
-    block = batch_size // width
+    width, block = min(draws.shape[1], batch_size), _block(draws.shape[1], batch_size)
     for start in range(0, len(missing), block):
         part = missing[start : start + block]
         for first in range(0, draws.shape[1], width):
@@ -138,6 +182,11 @@ def _mean_losses(unet, scheduler, encoded: Encoded, bank: NoiseBank, rows: np.nd
         having = counts > number
         total[having] += _losses(unet, scheduler, encoded, bank, rows[having], draws[having], number)
     return total / counts[:, None].astype(np.float32)
+
+
+def _block(draws: int, batch_size: int) -> int:
+    """Images of a batch, each with as many draws as there are or fit."""
+    return batch_size // min(draws, batch_size)
 
 
 def _losses(

@@ -36,8 +36,8 @@ def _cost(layout: Layout, method: str) -> tuple[float, ...]:
     queries = layout.config.queries()
     files = {path for query in queries for path in needs(layout, method, query)}
     of_queries = {path for path in files if PurePosixPath(path).stem in queries}
-    jobs = {timing(layout, method, path) for path in files - of_queries}
-    jobs_of_queries = {timing(layout, method, path) for path in of_queries}
+    jobs = {job for path in files - of_queries for job in timings(layout, method, path)}
+    jobs_of_queries = {job for path in of_queries for job in timings(layout, method, path)}
     seconds, memory = _measured(jobs)
     seconds_of_queries, memory_of_queries = _measured(jobs_of_queries)
     sizes = [Path(path).stat().st_size if Path(path).exists() else np.nan for path in files]
@@ -69,14 +69,16 @@ def needs(layout: Layout, method: str, query: str) -> set[str]:
     return {path for path in files if path.startswith(tuple(f"{layout.root}/{stage}/" for stage in STAGES))}
 
 
-def timing(layout: Layout, method: str, path: str) -> str:
-    """The timing of the job that wrote one of :func:`needs`; names follow the file's, see ``workflow/rules``."""
+def timings(layout: Layout, method: str, path: str) -> list[str]:
+    """Timings of the jobs that made one of :func:`needs`; names follow the file's, see ``workflow/rules``."""
     stage, *names = PurePosixPath(path).relative_to(layout.root).with_suffix("").parts
     if (stage, names[0]) == ("fit", "features"):
         names = names[1:]
     if stage == "score" and isinstance(attributor(layout, method), Together):
         names = [method, "all"]
-    return layout.timing(stage, *names)
+    shards = layout.config.scan.shards if stage == "scan" else 1
+    parts = [layout.timing(stage, *names, f"shard-{shard}") for shard in range(shards) if shards > 1]
+    return [layout.timing(stage, *names), *parts]
 
 
 def _measured(jobs: set[str]) -> tuple[float, float]:

@@ -39,7 +39,7 @@ def wall_seconds(stages: Mapping[str, Work], seconds: Mapping[str, float], share
 def disk(layout: Layout, stages: Mapping[str, Work], facts: Mapping[str, int]) -> dict[str, int]:
     """Bytes of each stage's files; ``facts`` as :func:`calibrate` finds them."""
     config, weights, shared = layout.config, facts["weights"], len(layout.shared_models())
-    orientations = 1 + config.encode.flips
+    orientations, scans = 1 + config.encode.flips, 1 + len(config.unlearn) * len(config.queries())
     others = max(0, shared - 1)  # retrainings that all queries share: θ0 is one of the models
     draws = config.scan.narrowing.most if config.scan.narrowing else config.scan.timesteps
     own, jobs = stages["retrain"].jobs - others, {stage: work.jobs for stage, work in stages.items()}
@@ -49,7 +49,7 @@ def disk(layout: Layout, stages: Mapping[str, Work], facts: Mapping[str, int]) -
         "train": weights * (1 + len(config.train.snapshot_steps())),
         "fit": facts["fitted"],
         "unlearn": facts["changed"] * len(config.queries()),
-        "scan": jobs["scan"] * facts["images"] * orientations * draws * 4,
+        "scan": scans * facts["images"] * orientations * draws * 4,
         "score": jobs["score"] * facts["images"] * RANKED,
         "retrain": (others + own * config.retrain.keep_weights) * weights + own * 3 * SMALL,
         "measure": jobs["measure"] * shared * 3 * SMALL,

@@ -61,7 +61,8 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
         drawn = models * len(set(judged).intersection(generated)) + all_queries * len(generated)
         return {LOSS: pairs * asked, SAMPLER: drawn * sampled}
 
-    unlearned, fits = len(variants) * len(queries), fitted(config)
+    unlearned, fits, shards = len(variants) * len(queries), fitted(config), config.scan.shards
+    scans = (1 + unlearned) * (shards + 1 if shards > 1 else 1)  # one more puts the shards together
     mirrored = sum(variant.procedure == "mucs" for variant in variants)  # asks an untrained model for its loss too
     gradients = len(queries) * sum(v.steps * v.draws * (2 if v.procedure == "mucs" else 1) for v in variants)  # at most
     asking, narrowing = {TORCH: len(queries)}, config.scan.narrowing
@@ -83,7 +84,7 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
         "unlearn": Work(
             unlearned + looks, {TORCH: unlearned + looks, GRADIENT: gradients, LOSS: checks, SAMPLER: again}
         ),
-        "scan": Work(1 + unlearned, {TORCH: 1 + unlearned, SCAN: round(images * views * (most + unlearned * mean))}),
+        "scan": Work(scans, {TORCH: scans, SCAN: round(images * views * (most + unlearned * mean))}),
         "score": Work(scores, {START: scores}),
         "retrain": Work(retrained, training | measuring(own, at_once), recipe.threads),
         "measure": Work(len(judged), {TORCH: len(judged)} | measuring(len(shared))),
