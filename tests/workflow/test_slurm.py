@@ -31,7 +31,9 @@ def rules() -> dict[str, bool]:
         parts = RULE.split(file.read_text(encoding="utf-8"))[1:]
         for parent, name, body in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
             if not name.startswith("all_"):
-                found[name] = "gpu=" in body or found.get(parent, False)
+                # encode asks for one only with the encoders of a pipeline.
+                asks = "gpu=" in body and "encode.pipeline else 0" not in body
+                found[name] = asks or found.get(parent, False)
     return found
 
 
