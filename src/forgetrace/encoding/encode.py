@@ -88,14 +88,18 @@ def _training_rows(layout: Layout) -> list[dict]:
 def _latents(layout: Layout, file_names: list[str], shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """Latents of so many images at a time, (n, C, H, W), float32."""
     read = TrainingImages(layout)
+
+    def pixels(name: str) -> np.ndarray:
+        image = read(name)
+        if image.shape != shape:
+            raise UserError(
+                f"{layout.data}/{name} has shape {image.shape}, the dataset has {shape}: "
+                f"delete {layout.data_manifest} and run again to rebuild the dataset."
+            )
+        return image
+
     with progress(total=len(file_names), unit="image", what="encoding images") as bar:
         for start in range(0, len(file_names), AT_ONCE):
-            images = {name: read(name) for name in file_names[start : start + AT_ONCE]}
-            for name, pixels in images.items():
-                if pixels.shape != shape:
-                    raise UserError(
-                        f"{layout.data}/{name} has shape {pixels.shape}, the dataset has {shape}: "
-                        f"delete {layout.data_manifest} and run again to rebuild the dataset."
-                    )
-            yield to_latents(np.stack(list(images.values())), layout.config.encode.factor)
-            bar.update(len(images))
+            names = file_names[start : start + AT_ONCE]
+            yield to_latents(np.stack([pixels(name) for name in names]), layout.config.encode.factor)
+            bar.update(len(names))
