@@ -27,6 +27,7 @@ from forgetrace.artifacts import (
     read_tensors,
     sha256_of,
     write_array,
+    write_array_in_parts,
     write_arrays,
     write_image,
     write_json,
@@ -400,3 +401,23 @@ def test_provenance_holds_config_packages_and_input_hashes(tmp_path):
 def test_a_missing_package_is_left_out(monkeypatch):
     monkeypatch.setattr(artifacts, "RECORDED_PACKAGES", ("numpy", "no-such-package"))
     assert provenance({})["packages"] == {"numpy": np.__version__}
+
+
+@given(st.lists(st.integers(0, 4), max_size=5), st.integers(0, 3))
+def test_an_array_in_parts_has_the_bytes_of_the_whole(tmp_path_factory, sizes, width):
+    folder = tmp_path_factory.mktemp("parts")
+    whole = np.random.default_rng(0).standard_normal((sum(sizes), width), dtype=np.float32)
+    parts = iter(np.split(whole, np.cumsum(sizes)[:-1]) if sizes else [])
+    write_array(folder / "whole.npy", whole)
+    write_array_in_parts(folder / "parts.npy", whole.shape, parts)
+    assert (folder / "parts.npy").read_bytes() == (folder / "whole.npy").read_bytes()
+
+
+def test_an_array_whose_parts_fail_is_not_there(tmp_path):
+    def parts():
+        yield np.zeros((1, 2))
+        raise UserError("no more")
+
+    with pytest.raises(UserError, match="no more"):
+        write_array_in_parts(tmp_path / "a.npy", (2, 2), parts())
+    assert not list(tmp_path.iterdir())

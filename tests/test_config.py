@@ -243,3 +243,33 @@ def test_a_procedure_has_defaults_of_its_own():
     own = {"procedure": "mucs", "weights": "all", "steps": 7, "draws": 9, "step_size": 1}
     kept = parse(unlearn={"m": own}).unlearn["m"].model_dump()
     assert {key: kept[key] for key in own} == own
+
+
+def test_coco_has_the_papers_size_and_a_folder_needs_one():
+    assert parse(prepare={"dataset": "coco", "path": "coco"}).prepare.size == 128
+    assert parse(prepare={"dataset": "coco", "path": "coco", "size": 64}).prepare.size == 64
+    assert parse(prepare={"dataset": "folder", "path": "photos", "size": 32}).prepare.size == 32
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dataset": "folder"}, "'prepare': dataset folder needs path and size"),
+        ({"dataset": "folder", "path": "photos"}, "'prepare': dataset folder needs size"),
+        ({"dataset": "coco"}, "'prepare': dataset coco needs path"),
+        ({"path": "photos", "size": 3}, "path and size would have no effect with dataset digits: remove the key"),
+        ({"dataset": "folder", "path": "", "size": 3}, "'prepare.path'"),
+        ({"dataset": "folder", "path": "photos", "size": 0}, "'prepare.size'"),
+        ({"dataset": "folder", "path": "a", "size": 8, "report_captions": 0}, "the pool 'report' has only 0 captions"),
+    ],
+)
+def test_a_dataset_needs_what_is_its_own(keys, message):
+    with pytest.raises(UserError, match=message):
+        parse(prepare=keys)
+
+
+def test_results_of_the_digits_do_not_hang_on_options_of_own_data():
+    """Digests, params and names of folders of finished results were made before there were these options."""
+    assert set(parse(prepare={"seed": 3}).digest_of("prepare")["prepare"]) == {
+        "dataset", "seed", "tuning_captions", "report_captions",
+    }  # fmt: skip

@@ -127,3 +127,18 @@ def test_models_of_halves_and_pools_and_the_tables_made_of_them():
 
 def test_timings_lie_outside_the_results(layout):
     assert layout.timing("score", "pixel", "mine") == "timings/tiny/score/pixel/mine.tsv"
+
+
+def test_own_data_are_named_by_their_path_and_settings():
+    def data(**prepare) -> str:
+        queries = [{"name": "mine", "image": "a.png", "prompt": "a"}]
+        return Layout("tiny", settings(prepare=prepare, synthesize={"queries": queries})).data
+
+    own = {"dataset": "folder", "path": "my photos/ä", "size": 32}
+    assert data(**own).startswith("data/folder-my-photos-")
+    changes = [{}, {"size": 16}, {"path": "my photos/ö"}, {"path": "my-photos"}, {"seed": 1}, {"tuning_captions": 0}]
+    folders = {data(**own | change) for change in changes} | {data(dataset="coco", path=own["path"])}
+    assert len(folders) == len(changes) + 1
+    assert all(set(folder) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_/") for folder in folders)
+    # .dvcignore leaves folders with a hyphen to their experiments.
+    assert all("-" in folder for folder in folders)

@@ -571,8 +571,10 @@ class Config(Section):
         if len(set(names)) != len(names):
             raise ValueError("synthesize.queries: two queries have the same name")
         for pool in self.synthesize.queries:
-            size = isinstance(pool, PoolQueries) and getattr(self.prepare, f"{pool.pool}_captions")
-            if size and pool.count > size:
+            if not isinstance(pool, PoolQueries):
+                continue
+            size = getattr(self.prepare, f"{pool.pool}_captions")
+            if pool.count > size:
                 raise ValueError(
                     f"synthesize.queries: the pool '{pool.pool}' has only {size} captions, not {pool.count}"
                 )

@@ -74,3 +74,11 @@ def test_declared_inputs_exist(tiny, method):
     from pathlib import Path
 
     assert all(Path(path).is_file() for path in attributor(tiny, method).inputs("report-00"))
+
+
+@pytest.mark.parametrize("method", ["pixel", "pixel-l2"])
+def test_images_that_do_not_fit_into_memory_are_compared_in_blocks(tiny, monkeypatch, method):
+    whole = attributor(tiny, method).scores("report-00")
+    monkeypatch.setattr("forgetrace.attribution.baselines.AT_ONCE", 3 * 16 * 16 * 3)
+    np.testing.assert_allclose(attributor(tiny, method).scores("report-00"), whole, rtol=1e-12)
+    assert len(whole) == 40

@@ -1,3 +1,4 @@
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from forgetrace.artifacts import UserError, read_array, read_image, read_json, read_table, write_image, write_json
+from forgetrace.encoding import encode as module
 from forgetrace.encoding.encode import encode
 from forgetrace.encoding.latents import to_latents
 from forgetrace.encoding.store import load_encoded
@@ -129,3 +131,31 @@ def test_missing_and_misshapen_images_name_themselves(tiny):
     path.unlink()
     with pytest.raises(UserError, match=f"^{path} is missing"):
         encode(tiny)
+
+
+def test_images_are_read_and_written_a_few_at_a_time(tiny, monkeypatch):
+    alive, most, real = {}, [], module.TrainingImages.__call__
+
+    def watched(self, name: str) -> np.ndarray:
+        pixels = real(self, name)
+        alive[id(pixels)] = name
+        weakref.finalize(pixels, alive.pop, id(pixels))
+        most.append(len(alive))
+        return pixels
+
+    monkeypatch.setattr(module.TrainingImages, "__call__", watched)
+    monkeypatch.setattr(module, "AT_ONCE", 7)
+    before = Path(tiny.latents).read_bytes()
+    encode(tiny)
+    assert len(most) == IMAGES
+    assert max(most) == 7
+    assert Path(tiny.latents).read_bytes() == before
+
+
+def test_of_several_captions_the_first_is_encoded(tiny):
+    metadata = Path(tiny.metadata)
+    lines = metadata.read_text().splitlines(keepends=True)
+    lines[4] = lines[4].replace('"caption 4"', '["another caption", "caption 4"]')
+    metadata.write_text("".join(lines))
+    encode(tiny)
+    assert read_table(tiny.index)["caption"].tolist()[4] == "another caption"

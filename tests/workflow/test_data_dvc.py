@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from forgetrace.config import Prepare
 from forgetrace.datasets.prepare import prepare
 from forgetrace.layout import load_layout
 
@@ -42,3 +43,12 @@ def test_data_of_other_settings_do_not_change_what_dvc_tracks(tmp_path):
     other = replace(ours, config=ours.config.model_copy(update={"prepare": prepare}))
     assert checkout("dvc", "check-ignore", other.data_manifest, check=False).returncode == 0
     assert checkout("dvc", "check-ignore", ours.data_manifest, check=False).returncode == 1
+
+
+def test_neither_do_ones_own_data(tmp_path):
+    checkout = Checkout.create(tmp_path)
+    checkout("git", "init", "--quiet")
+    ours = load_layout(ROOT / "config/digits.yaml")
+    own = replace(ours, config=ours.config.model_copy(update={"prepare": Prepare(dataset="coco", path="../COCO")}))
+    assert checkout("dvc", "check-ignore", own.data_manifest, check=False).returncode == 0
+    assert checkout("git", "check-ignore", own.data_manifest, check=False).returncode == 0

@@ -6,6 +6,7 @@ import yaml
 from forgetrace.attribution import registry
 from forgetrace.layout import load_layout
 
+from ..datasets.pictures import write_folder
 from .conftest import ROOT
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "config").glob("*.yaml"))
@@ -158,3 +159,22 @@ def test_a_given_model_without_its_parent_has_no_counterfactual(checkout):
     (checkout.folder / "given.yaml").write_text(yaml.safe_dump(parent))
     assert {"retrain_shared", "measure"} <= checkout.planned("--configfile", "given.yaml").keys()
     shutil.rmtree(checkout.folder / "sd")
+
+
+def test_own_data_are_prepared_again_when_their_list_changes_and_broken_ones_stop_before_any_job(checkout):
+    folder = checkout.folder / "own ä"
+    write_folder(folder, {f"{i}.png": f"caption {i}" for i in range(9)})
+    prepare = "dataset: folder\n  path: own ä\n  size: 16\n  tuning_captions: 2\n  report_captions: 2"
+    config = (ROOT / "config/smoke.yaml").read_text(encoding="utf-8").replace("dataset: digits", prepare)
+    (checkout.folder / "own.yaml").write_text(config.replace("k: [20]", "k: [2]").replace("[10]", "[1]"))
+    arguments = ("--configfile", "own.yaml", "--cores", "1", "prepare")
+    checkout("snakemake", "--quiet", "all", *arguments)
+    assert checkout.planned(*arguments) == {}
+    with open(folder / "metadata.jsonl", "a", encoding="utf-8") as lines:
+        lines.write('{"file_name": "9.png", "text": "another"}\n')
+    assert checkout.planned(*arguments) == {"prepare": 1}
+    shutil.rmtree(next((checkout.folder / "data").glob("folder-own-*")))
+    refused = checkout("snakemake", "-n", *arguments, check=False)
+    assert refused.returncode != 0
+    assert "line 10: the file 9.png is missing" in refused.stderr
+    assert "Traceback" not in refused.stderr

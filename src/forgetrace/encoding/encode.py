@@ -108,15 +108,18 @@ def _latents(
 ) -> Iterator[np.ndarray]:
     """Latents of so many images at a time, (n, C, H, W), float32."""
     read, what = TrainingImages(layout), "encoding mirror images" if mirrored else "encoding images"
+
+    def pixels(name: str) -> np.ndarray:
+        image = read(name)
+        if image.shape != shape:
+            raise UserError(
+                f"{layout.data}/{name} has shape {image.shape}, the dataset has {shape}: "
+                f"delete {layout.data_manifest} and run again to rebuild the dataset."
+            )
+        return np.ascontiguousarray(image[:, ::-1]) if mirrored else image
+
     with progress(total=len(file_names), unit="image", what=what) as bar:
         for start in range(0, len(file_names), AT_ONCE):
-            images = {name: read(name) for name in file_names[start : start + AT_ONCE]}
-            for name, pixels in images.items():
-                if pixels.shape != shape:
-                    raise UserError(
-                        f"{layout.data}/{name} has shape {pixels.shape}, the dataset has {shape}: "
-                        f"delete {layout.data_manifest} and run again to rebuild the dataset."
-                    )
-            pixels = np.stack(list(images.values()))
-            yield codec.encode(np.ascontiguousarray(pixels[:, :, ::-1]) if mirrored else pixels)
-            bar.update(len(images))
+            names = file_names[start : start + AT_ONCE]
+            yield codec.encode(np.stack([pixels(name) for name in names]))
+            bar.update(len(names))

@@ -4,7 +4,6 @@ Small on purpose: latents are folded pixels and nothing is pretrained but the te
 there is to see, within minutes on a CPU. How long a training step takes is timed; how many fit the minutes follows.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import chdir, redirect_stderr
@@ -205,4 +204,4 @@ def _steps(kind: str, seconds: float) -> int:
 
 def _quoted(text: str) -> str:
     """Any text as YAML on one line, also within braces."""
-    return json.dumps(text, ensure_ascii=False)
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).rstrip("\n")
