@@ -8,7 +8,7 @@ SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 TOKENS, WIDTH, CHANNELS = 12, 16, 4
 
 
-def save_pipeline(folder: Path, seed: int = 0) -> Path:
+def save_pipeline(folder: Path, seed: int = 0, channels: tuple[int, int] = (8, 16)) -> Path:
     """Autoencoder (a fourth of the side, 4 channels), text encoder, tokenizer, UNet and scheduler of SD's kinds."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -43,7 +43,7 @@ def save_pipeline(folder: Path, seed: int = 0) -> Path:
         sample_size=4,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=(8, 16),
+        block_out_channels=channels,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,

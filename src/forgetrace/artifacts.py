@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -174,9 +175,18 @@ def write_array_in_parts(
 
 
 def read_array(path: str | Path, mmap: bool = False) -> np.ndarray:
-    """Read a ``.npy``; with ``mmap`` its data stay on disk until indexed, and what is written stays in memory."""
-    with _readable(path):
-        return np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
+    """Read a ``.npy``; with ``mmap`` its data stay on disk until indexed, and cannot be written to."""
+    with _readable(path):  # a writable map counts as memory, which a file may be larger than
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+
+
+def on_disk(array: np.ndarray) -> "torch.Tensor":
+    """A memory-mapped array as a tensor, which must not be changed in place."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], made_by: Mapping) -> None:

@@ -76,3 +76,10 @@ def test_a_bundled_image_is_read_from_the_data(layout):
         UserError, match=r"images/b.png is missing or damaged: delete data/digits/manifest.json and run"
     ):
         TrainingImages(bundled)("images/b.png")
+
+
+def test_an_image_that_cannot_be_decoded_is_one_sentence_where_nothing_was_hashed(layout):
+    prepare(layout.config.prepare, layout.data, look=False)
+    Path("in/b.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"^in/b.png cannot be read as an image"):
+        TrainingImages(layout)("b.png")

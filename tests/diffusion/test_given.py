@@ -261,3 +261,44 @@ def test_lora_files_that_do_not_fit_are_one_sentence(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"needs the package peft"):
         merge_lora(given_unet("pipeline", "k"), "lora")
+
+
+def scheduled(folder: Path, **changes) -> None:
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_schedule_that_ends_in_pure_noise_does_so_here(folder):
+    scheduled(folder, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert given_scheduler("pipeline", "k").alphas_cumprod[-1] == 0
+
+
+def test_schedules_and_blocks_of_other_kinds_are_refused(folder):
+    scheduled(folder, prediction_type="sample")
+    with pytest.raises(UserError, match=r"is none of a diffusion model that predicts ε or v"):
+        given_scheduler("pipeline", "k")
+    scheduled(folder, prediction_type="epsilon", beta_schedule=None)
+    with pytest.raises(UserError, match=r"k: the scheduler DDIMScheduler is none"):
+        given_scheduler("pipeline", "k")
+    damaged(folder, down_block_types=["DownBlock2D", "SimpleCrossAttnDownBlock2D"])
+    with pytest.raises(UserError, match=r"blocks of the kind SimpleCrossAttnDownBlock2D, which forgetrace does not"):
+        given_unet("pipeline", "k")
+
+
+def test_a_parent_that_cannot_be_is_refused_before_hours_of_training(folder):
+    layout = encoded(experiment({"pretrained": "pipeline", "parent": "other", **RECIPE}))
+    shutil.copytree(folder, "other")
+    train_base(layout, CPU)
+    scheduled(Path("other"), prediction_type="v_prediction")
+    with pytest.raises(UserError, match=r"train.parent: other has another noise schedule or prediction"):
+        train_base(layout, CPU)
+    shutil.rmtree("other")
+    save_pipeline(Path("other"), channels=(8, 8))
+    with pytest.raises(UserError, match=r"train.parent: other has another architecture"):
+        train_base(layout, CPU)
+
+
+def test_nothing_is_trained_where_nobody_says_from_what(folder):
+    layout = encoded(experiment({"pretrained": "pipeline"}))
+    with pytest.raises(UserError, match=r"No model can be trained here"):
+        retrain(layout, "random", 5, "draw0", CPU)

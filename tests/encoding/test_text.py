@@ -46,7 +46,9 @@ def test_captions_differ(states):
 
 
 def test_a_prompt_longer_than_the_captions_is_refused():
-    with pytest.raises(UserError, match=f"The prompt '{LONG}' has 12 tokens; this experiment's captions have 11"):
+    with pytest.raises(
+        UserError, match=f"The prompt '{LONG}' has 12 tokens; this experiment's captions have 11: raise encode.t"
+    ):
         token_states([SHORT, LONG], tokens=11)
 
 
@@ -68,3 +70,10 @@ def test_other_weights_are_refused(monkeypatch, tmp_path, content):
 
 def test_the_installed_weights_are_the_published_ones():
     assert (weights_folder() / "model.safetensors").is_file()
+
+
+def test_a_caption_that_the_encoder_cannot_take_is_named():
+    with pytest.raises(UserError, match=r"The prompt 'word .*\[...\]' has 602 tokens; MiniLM takes 512: shorten it"):
+        token_states(["word " * 600])
+    with pytest.raises(UserError, match=r"MiniLM takes 512"):
+        token_states(["word " * 600], tokens=700)

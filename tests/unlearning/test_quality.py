@@ -67,7 +67,7 @@ def test_targets_and_others_are_what_one_sampling_each_gives(layout):
 def test_batches_do_not_matter(layout, monkeypatch):
     quality.regenerate_unlearned(layout, "unlearn", CPU)
     at_once = read_arrays(layout.regenerated("unlearn"))
-    monkeypatch.setattr(quality, "BATCH", 2)
+    monkeypatch.setattr(quality, "NUMBERS", 2 * 12 * 8 * 8)
     quality.regenerate_unlearned(layout, "unlearn", CPU)
     for name, array in read_arrays(layout.regenerated("unlearn")).items():
         np.testing.assert_allclose(array.astype(int), at_once[name], atol=1)

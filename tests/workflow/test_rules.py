@@ -158,6 +158,11 @@ def test_a_given_model_without_its_parent_has_no_counterfactual(checkout):
     parent = given | {"train": {"pretrained": "sd", "parent": "other/model", "steps": 200}}
     (checkout.folder / "given.yaml").write_text(yaml.safe_dump(parent))
     assert {"retrain_shared", "measure"} <= checkout.planned("--configfile", "given.yaml").keys()
+    (checkout.folder / "given.yaml").write_text(yaml.safe_dump(given | {"train": {"parent": "sd", "steps": 200}}))
+    planned = checkout("snakemake", "-n", "all_retrain", "--configfile", "given.yaml").stdout
+    trainings = [job for job in planned.split("rule ") if job.startswith(("train:", "retrain"))]
+    assert trainings
+    assert all("sd/unet/config.json" in job.partition("output:")[0] for job in trainings)
     shutil.rmtree(checkout.folder / "sd")
 
 

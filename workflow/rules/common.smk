@@ -73,6 +73,8 @@ TOGETHER = registry.together(layout)
 FEATURES = registry.all_features(layout)
 ENCODED = layout.encoded
 MODEL = layout.model_files
+# The files of a checkpoint that trainings start from, where it is a folder.
+PARENT = pipeline.local_files(layout.config.train.parent, ["unet", "scheduler"])
 
 
 def one_of(names):

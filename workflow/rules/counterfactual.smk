@@ -15,6 +15,7 @@ SHAPING_RETRAININGS = shaped_by(
 rule retrain_shared:
     input:
         ENCODED,
+        PARENT,
     output:
         update(layout.retrained("{method}", "{k}", "{draw}")),
     log:
@@ -41,6 +42,7 @@ rule retrain_shared:
 rule retrain:
     input:
         ENCODED,
+        PARENT,
         layout.score("{method}", "{query}"),
         list(layout.query("{query}").values()),
     output:
@@ -90,6 +92,7 @@ use rule retrain as retrain_own_image with:
 rule retrain_half:
     input:
         ENCODED,
+        PARENT,
         [path for query in QUERIES for path in layout.query(query).values()],
     output:
         update(layout.losses("{method}", "{k}", "{member}")),
@@ -121,6 +124,7 @@ rule retrain_half:
 use rule retrain_half as retrain_pool with:
     input:
         ENCODED,
+        PARENT,
         lambda wildcards: [
             layout.score(wildcards.method, query)
             for query in layout.pool(wildcards.member)

@@ -4,9 +4,9 @@
 rule train:
     input:
         ENCODED,
-        # The files of a model from elsewhere, where it is a folder.
+        PARENT,
+        # Those of a model from elsewhere, where it is a folder too.
         pipeline.local_files(layout.config.train.pretrained, ["unet", "scheduler"]),
-        pipeline.local_files(layout.config.train.parent, ["unet", "scheduler"]),
         pipeline.local_files(layout.config.train.lora, ["."]),
     output:
         MODEL,

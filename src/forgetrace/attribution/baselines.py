@@ -12,7 +12,7 @@ from forgetrace.datasets.images import TrainingImages
 from forgetrace.randomness import generator
 
 AT_ONCE = 2**26  # float64 numbers in memory, half a gigabyte: all digits
-CAPTIONS = 2**11  # captions in memory
+CAPTIONS = 2**8  # captions in memory
 
 
 class Pixel(Attributor):

@@ -8,7 +8,7 @@ and the empty caption is one the model was trained on (``train.caption_dropout``
 
 import numpy as np
 
-from forgetrace.artifacts import UserError, read_array, read_arrays
+from forgetrace.artifacts import UserError, on_disk, read_array, read_arrays
 from forgetrace.attribution.similarity import Comparable, FeatureSimilarity
 from forgetrace.config import Config
 from forgetrace.diffusion.noise import NoiseBank
@@ -64,7 +64,7 @@ class ChannelStatistics(Comparable):
         bank = NoiseBank(self.layout.config.seed, "unet-features", timesteps, tuple(latents.shape[1:]))
         empty = torch.from_numpy(np.array(read_array(self.layout.captions, mmap=True)[-1], dtype=np.float32))
         return channel_statistics(
-            unet, load_scheduler(self.layout), torch.from_numpy(latents), empty, bank, middle_up_block(unet)
+            unet, load_scheduler(self.layout), on_disk(latents), empty, bank, middle_up_block(unet)
         )
 
 

@@ -51,7 +51,10 @@ class TrainingImages:
             problem = f"cannot be read ({error.strerror})"
         else:
             # None only while `forgetrace plan` looks, which hashes nothing.
-            if sha256 in (None, hashlib.sha256(content).hexdigest()):
-                return squared(decoded(content), self._size)
+            if sha256 is None or sha256 == hashlib.sha256(content).hexdigest():
+                try:
+                    return squared(decoded(content), self._size)
+                except Exception as error:  # Pillow's readers raise nearly anything
+                    raise UserError(f"{path} cannot be read as an image ({type(error).__name__}).") from None
             problem = "is not the image that was prepared"
         raise UserError(f"{path} {problem}: put it back, or {self._prepare_again} prepare what is there now.")

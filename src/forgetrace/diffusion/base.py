@@ -5,8 +5,8 @@ import pandas as pd
 from accelerate import PartialState
 
 from forgetrace.artifacts import provenance, read_tensors, write_json, write_table, write_tensors
-from forgetrace.diffusion.given import check_fits, given_scheduler, given_source, given_unet
-from forgetrace.diffusion.lora import merge_lora
+from forgetrace.diffusion.given import check_descends, check_fits, given_scheduler, given_source, given_unet
+from forgetrace.diffusion.lora import lora_file, merge_lora
 from forgetrace.diffusion.model import build_scheduler, build_unet, save_architecture
 from forgetrace.diffusion.training import Training, discard_checkpoints, learning_rate, snapshot_path, train
 from forgetrace.encoding.store import Encoded, load_encoded
@@ -50,9 +50,13 @@ def adopt(layout: Layout, encoded: Encoded) -> None:
     recipe, key = layout.config.train, "train.pretrained"
     unet, scheduler = given_unet(recipe.pretrained, key), given_scheduler(recipe.pretrained, key)
     check_fits(unet, scheduler, recipe, encoded)
+    if recipe.parent:
+        check_descends(unet, scheduler, recipe.parent)
+    inputs = {"encoded": layout.encode_manifest}
     if recipe.lora:
         merge_lora(unet, recipe.lora)
-    made_by = provenance(layout.config.digest_of("train"), {"encoded": layout.encode_manifest})
+        inputs["lora"] = lora_file(recipe.lora)
+    made_by = provenance(layout.config.digest_of("train"), inputs)
     made_by |= {"given": given_source(recipe.pretrained, key)}
     save_architecture(unet, scheduler, layout)
     write_tensors(layout.weights, unet.state_dict(), made_by)

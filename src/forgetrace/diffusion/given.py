@@ -12,6 +12,8 @@ from forgetrace.encoding.pipeline import hashes, load, parts
 from forgetrace.encoding.store import Encoded
 
 PARTS = ["unet", "scheduler"]
+BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
+MIDDLE = "UNetMidBlock2DCrossAttn"
 
 
 def given_unet(name: str, key: str) -> UNet2DConditionModel:
@@ -37,9 +39,23 @@ def fresh_unet(name: str, key: str) -> UNet2DConditionModel:
 
 
 def given_scheduler(name: str, key: str) -> DDPMScheduler:
-    """The noise schedule of a pipeline, whatever sampler it was saved with."""
+    """The noise schedule of a pipeline, whatever sampler it was saved with.
+
+    Raises:
+        UserError: it has none, such as a flow-matching one, or predicts something else than ε or v.
+    """
     config = read_json(parts(name, PARTS, key) / PARTS[1] / "scheduler_config.json")
-    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    if not (config.get("beta_schedule") or config.get("trained_betas")) or (
+        config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction")
+    ):
+        raise UserError(
+            f"{key}: the scheduler {config.get('_class_name')} is none of a diffusion model that predicts ε or v, "
+            "which is what forgetrace knows."
+        )
+    known = (
+        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+        "rescale_betas_zero_snr",
+    )  # fmt: skip
     return DDPMScheduler(**{name: config[name] for name in known if name in config}, clip_sample=False)
 
 
@@ -54,12 +70,19 @@ def check_conditions(config: dict, key: str) -> None:
     Raises:
         UserError: it is.
     """
-    for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
+    conditions = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+    for name in (*conditions, "encoder_hid_dim_type"):
         if config.get(name):
             raise UserError(
                 f"{key}: this UNet is also conditioned by '{name}', which forgetrace does not know; give one that "
                 "needs timestep and caption only, such as Stable Diffusion 1 or 2."
             )
+    blocks = {*config.get("down_block_types", BLOCKS), *config.get("up_block_types", BLOCKS)}
+    if (unknown := sorted(blocks - BLOCKS)) or config.get("mid_block_type", MIDDLE) != MIDDLE:
+        raise UserError(
+            f"{key}: this UNet has blocks of the kind {(unknown or [config.get('mid_block_type')])[0]}, which "
+            f"forgetrace does not know; it knows {', '.join(sorted(BLOCKS))} and {MIDDLE}."
+        )
 
 
 def check_fits(unet: UNet2DConditionModel, scheduler: DDPMScheduler, recipe: Train, encoded: Encoded) -> None:
@@ -71,8 +94,26 @@ def check_fits(unet: UNet2DConditionModel, scheduler: DDPMScheduler, recipe: Tra
     channels, width = encoded.latents.shape[1], encoded.captions.shape[2]
     for what, own, other, keys in (
         ("takes latents of {} channels", unet.config.in_channels, channels, "encode.image_encoder and pipeline"),
+        ("predicts {} channels", unet.config.out_channels, channels, "the model: one that learns variances has more"),
         ("attends to captions of width {}", unet.config.cross_attention_dim, width, "encode.text_encoder and pipeline"),
         ("has a schedule of {} timesteps", scheduler.config.num_train_timesteps, recipe.timesteps, "train.timesteps"),
     ):
         if own != other:
             raise UserError(f"The given model {what.format(own)}, the experiment's are {other}: change {keys}.")
+
+
+def check_descends(unet: UNet2DConditionModel, scheduler: DDPMScheduler, parent: str) -> None:
+    """Refuse a parent from which the given θ0 cannot have been trained.
+
+    Raises:
+        UserError: its weights have other names or shapes, or its noise schedule or prediction is another.
+    """
+    key = "train.parent"
+    own, theirs = ({name: w.shape for name, w in one.state_dict().items()} for one in (unet, given_unet(parent, key)))
+    other = given_scheduler(parent, key)
+    if own != theirs:
+        raise UserError(
+            f"{key}: {parent} has another architecture than train.pretrained; give what that was trained from."
+        )
+    if scheduler.config.prediction_type != other.config.prediction_type or not scheduler.betas.equal(other.betas):
+        raise UserError(f"{key}: {parent} has another noise schedule or prediction than train.pretrained.")

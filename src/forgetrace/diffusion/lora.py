@@ -9,6 +9,11 @@ from forgetrace.artifacts import UserError
 KEY = "train.lora"
 
 
+def lora_file(path: str) -> Path:
+    """The file of LoRA weights: the one named, or the one that diffusers writes into a folder."""
+    return Path(path) / "pytorch_lora_weights.safetensors" if Path(path).is_dir() else Path(path)
+
+
 def merge_lora(unet: UNet2DConditionModel, path: str) -> None:
     """Add ``scale · B A`` to every weight that the file changes, in place; scales are those of the file.
 
@@ -19,7 +24,7 @@ def merge_lora(unet: UNet2DConditionModel, path: str) -> None:
     Raises:
         UserError: peft is not installed, or the file is missing, damaged, of another model or of more than the UNet.
     """
-    file = Path(path) / "pytorch_lora_weights.safetensors" if Path(path).is_dir() else Path(path)
+    file = lora_file(path)
     if not file.is_file():
         raise UserError(f"{KEY}: there is no {file}; give a file in diffusers' LoRA format or a folder that holds one.")
     try:

@@ -1,6 +1,7 @@
 """The ``synthesize`` stage: the queries, generated from held-out captions or read from a file."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from forgetrace.artifacts import (
     write_image,
     write_json,
 )
+from forgetrace.datasets.decoding import decoded, squared
 from forgetrace.datasets.prepare import read_pool
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet
@@ -113,8 +115,10 @@ def _latent_of_file(layout: Layout, path: str, device: torch.device) -> np.ndarr
 
     height, width, _ = read_json(layout.encode_manifest)["image_shape"]
     try:
-        pixels = read_image(path)
-    except UserError:
+        # Next to images of one's own, cropped as they are.
+        own = layout.config.prepare.path
+        pixels = squared(decoded(Path(path).read_bytes()), height) if own else read_image(path)
+    except Exception:  # Pillow's readers raise nearly anything
         raise UserError(
             f"{path} is missing or no image that can be read: put the picture of the query there, "
             "or change its 'image' under synthesize.queries."

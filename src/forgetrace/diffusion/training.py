@@ -103,6 +103,11 @@ def train(
         UserError: the batch cannot be split between the processes, or the loss is not finite.
     """
     recipe = layout.config.train
+    if not recipe.trains:
+        raise UserError(
+            "No model can be trained here: nobody says what train.pretrained was trained from. Name it in train.parent "
+            "and give its recipe."
+        )
     torch.set_num_threads(recipe.threads)
     target = pick_device(device)
     precision = resolve_precision(recipe.precision, target)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 PART = "vae"
-BATCH = 32  # images at once
+PIXELS = 2**20  # of the images that are encoded or decoded at once: 64 of 128 pixels' side, 4 of 512
 
 
 class Autoencoder(Codec):
@@ -50,11 +50,11 @@ class Autoencoder(Codec):
                 f"encode.pipeline: its autoencoder takes images whose sides are multiples of {self.patch}, not "
                 f"{height}x{width}: change prepare.size."
             )
-        return self._batches(pixels, self._encode)
+        return self._batches(pixels, height * width, self._encode)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents (n, C, H, W), float32 -> images (n, 8 H, 8 W, 3), uint8."""
-        return self._batches(latents, self._decode)
+        return self._batches(latents, latents[0, 0].size * self.patch**2, self._decode)
 
     def _encode(self, pixels: "torch.Tensor") -> "torch.Tensor":
         images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -64,10 +64,11 @@ class Autoencoder(Codec):
         images = self.model.decode(latents / self.scale + self.shift).sample
         return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
 
-    def _batches(self, array: np.ndarray, step: Callable) -> np.ndarray:
+    def _batches(self, array: np.ndarray, pixels: int, step: Callable) -> np.ndarray:
         import torch
 
-        batches = (array[start : start + BATCH] for start in range(0, len(array), BATCH))
+        count = max(1, PIXELS // pixels)
+        batches = (array[start : start + count] for start in range(0, len(array), count))
         with torch.inference_mode():
             done = [step(torch.from_numpy(np.ascontiguousarray(batch)).to(self.model.device)) for batch in batches]
             return torch.cat(done).cpu().numpy()

@@ -23,6 +23,7 @@ from forgetrace.datasets.images import TrainingImages
 from forgetrace.datasets.prepare import TRAIN, read_metadata
 from forgetrace.encoding.captions import caption_parts, text_source
 from forgetrace.encoding.codec import Codec, codec_of
+from forgetrace.encoding.text import longest
 from forgetrace.layout import Layout
 from forgetrace.progress import progress
 from forgetrace.randomness import generator
@@ -64,7 +65,8 @@ def encode(layout: Layout, device: "torch.device | str" = "cpu") -> None:
     orientations = [False, True] if settings.flips else [False]
     parts = chain(*(_latents(layout, codec, names, tuple(shape), mirrored) for mirrored in orientations))
     _write(layout.latents, len(orientations) * len(rows), parts)
-    _write(layout.captions, len(captions), caption_parts(settings, captions, device), settings.caption_dtype)
+    states = caption_parts(settings, captions, device, _tokens(layout))
+    _write(layout.captions, len(captions), states, settings.caption_dtype)
     made_by = provenance(layout.config.digest_of("encode"), {"metadata": layout.metadata, "data": layout.data_manifest})
     write_table(layout.index, index, made_by)
     # Equal on every machine, unlike the bits a text encoder computes on another CPU.
@@ -86,6 +88,13 @@ def encode(layout: Layout, device: "torch.device | str" = "cpu") -> None:
 
 def _files(layout: Layout) -> dict[str, str]:
     return {"latents": layout.latents, "captions": layout.captions, "index": layout.index}
+
+
+def _tokens(layout: Layout) -> int | None:
+    """Tokens of the longest caption of one's own data, held-out ones among them: queries are generated from those."""
+    if not layout.config.prepare.path or layout.config.encode.text_encoder != "minilm":
+        return None
+    return longest([caption for row in read_metadata(layout.metadata) for caption in captions_of(row["text"])])
 
 
 def _write(path: str, count: int, parts: Iterator[np.ndarray], dtype: str = "float32") -> None:

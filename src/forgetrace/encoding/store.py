@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from forgetrace.artifacts import UserError, read_array, read_json, read_table, sha256_of
+from forgetrace.artifacts import UserError, on_disk, read_array, read_json, read_table, sha256_of
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
 
@@ -117,7 +117,7 @@ def load_encoded(layout: Layout) -> Encoded:
     return Encoded(
         image_ids=index["image_id"].tolist(),
         latents=read_array(layout.latents, mmap=True),
-        captions=torch.from_numpy(read_array(layout.captions, mmap=True)),
+        captions=on_disk(read_array(layout.captions, mmap=True)),
         caption_rows=torch.from_numpy(rows),
         starts=starts,
     )

@@ -7,6 +7,7 @@ zero key and a zero value, so no attention mask is needed.
 
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 
@@ -71,9 +72,15 @@ def token_states(captions: list[str], tokens: int | None = None, batch: int = 25
     model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
     lengths = [len(ids) for ids in tokenizer(captions)["input_ids"]]
     tokens = tokens or max(lengths)
-    if max(lengths) > tokens:
-        long = captions[int(np.argmax(lengths))]
-        raise UserError(f"The prompt '{long}' has {max(lengths)} tokens; this experiment's captions have {tokens}.")
+    most = model.config.max_position_embeddings
+    if max(lengths) > min(tokens, most):
+        long = shorten(captions[int(np.argmax(lengths))], 80)
+        limit = (
+            f"MiniLM takes {most}: shorten it"
+            if max(lengths) > most
+            else f"this experiment's captions have {tokens}: raise encode.tokens"
+        )
+        raise UserError(f"The prompt '{long}' has {max(lengths)} tokens; {limit}.")
     states = []
     for start in range(0, len(captions), batch):
         inputs = tokenizer(

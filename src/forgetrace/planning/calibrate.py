@@ -134,6 +134,7 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     from forgetrace.attribution.scan import scan_losses, scan_noise
     from forgetrace.curvature.fit import CURVATURES
     from forgetrace.diffusion.device import pick_device
+    from forgetrace.diffusion.given import check_fits
     from forgetrace.diffusion.inference import for_inference
     from forgetrace.diffusion.model import build_scheduler, build_unet, frozen
     from forgetrace.diffusion.sampling import sample
@@ -155,6 +156,8 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     latents, states = encoded.latents, encoded.captions
     scheduler = build_scheduler(config.train)
     unet, scanned = (frozen(build_unet(config.train, latents.shape[1:], states.shape[2], 0), target) for _ in range(2))
+    if config.train.given:
+        check_fits(unet, scheduler, config.train, encoded)
     query, bank = Query("any", torch.from_numpy(latents[0]), states[0]), scan_noise(layout, encoded, scheduler)
     inputs = query.latent[None].to(target), states[:1].to(target), states[0].to(target)
     sizes = {name: 4 * weight.numel() for name, weight in unet.named_parameters()}

@@ -16,7 +16,7 @@ from forgetrace.encoding.codec import codec_of
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
 
-BATCH = 100  # images sampled at once
+NUMBERS = 100 * 12 * 8 * 8  # of the latents that are sampled at once: a hundred digits, four of Stable Diffusion's
 
 
 def regenerate_unlearned(layout: Layout, variant: str, device: str = "auto") -> None:
@@ -67,6 +67,7 @@ def others_prompts(layout: Layout) -> np.ndarray:
 
 def _images(layout: Layout, unet: UNet2DConditionModel, noise: np.ndarray, prompts: np.ndarray) -> np.ndarray:
     """What a model makes of n initial noises and prompts; (n, height, width, 3), uint8."""
-    batches = [slice(start, start + BATCH) for start in range(0, len(noise), BATCH)]
+    count = max(1, NUMBERS // noise[0].size)
+    batches = [slice(start, start + count) for start in range(0, len(noise), count)]
     latents = np.concatenate([generate(layout, unet, noise[batch], prompts[batch]) for batch in batches])
     return codec_of(layout.config.encode, unet.device).decode(latents)
