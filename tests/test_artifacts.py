@@ -18,6 +18,7 @@ from forgetrace.artifacts import (
     UserError,
     atomic,
     fingerprint,
+    on_disk,
     provenance,
     read_array,
     read_arrays,
@@ -421,3 +422,16 @@ def test_an_array_whose_parts_fail_is_not_there(tmp_path):
     with pytest.raises(UserError, match="no more"):
         write_array_in_parts(tmp_path / "a.npy", (2, 2), parts())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_larger_than_memory_can_be_mapped(tmp_path):
+    """A private, writable map counts as memory, and is refused where there is not so much."""
+    path = tmp_path / "large.npy"
+    numbers = 2**42 // 4
+    with open(path, "wb") as out:
+        np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": (numbers,)})
+        out.truncate(out.tell() + 4 * numbers)  # a hole, of no size on disk
+    array = read_array(path, mmap=True)
+    assert array.shape == (numbers,)
+    assert array[-1] == 0
+    assert float(on_disk(array)[-1]) == 0

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 RECORDED_PACKAGES = ("forgetrace", "torch", "diffusers", "transformers", "numpy")
 
+PRIVATE = 2**30  # bytes of the largest file mapped privately
+
 
 class UserError(Exception):
     """What went wrong, in one sentence that names the file or key and the way out."""
@@ -175,9 +177,11 @@ def write_array_in_parts(
 
 
 def read_array(path: str | Path, mmap: bool = False) -> np.ndarray:
-    """Read a ``.npy``; with ``mmap`` its data stay on disk until indexed, and cannot be written to."""
-    with _readable(path):  # a writable map counts as memory, which a file may be larger than
-        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    """Read a ``.npy``; with ``mmap`` its data stay on disk until indexed, and are not to be written to."""
+    with _readable(path):
+        # What is written to a private map stays in memory; but the system may refuse one larger than that.
+        mode = "c" if os.path.getsize(path) < PRIVATE else "r"
+        return np.load(path, mmap_mode=mode if mmap else None, allow_pickle=False)
 
 
 def on_disk(array: np.ndarray) -> "torch.Tensor":
