@@ -151,3 +151,13 @@ def test_a_job_for_all_queries_is_shared_and_features_are_paid_once(layout, monk
     assert (row["once_seconds"], row["peak_mb"]) == (100, 1000)
     assert row["query_seconds"] == pytest.approx((3 * 10 + 26) / 4)
     assert row["queries_at_once"] == pytest.approx((3 * 3 + 1) / 4)
+
+
+def test_a_sharded_scan_took_what_its_shards_took(layout):
+    scan = layout.config.scan.model_copy(update={"shards": 2})
+    layout = replace(layout, config=layout.config.model_copy(update={"scan": scan}))
+    assert timings(layout, "unlearn", layout.base_scan) == [
+        f"timings/synthetic/scan/{name}.tsv" for name in ("base", "base/shard-0", "base/shard-1")
+    ]
+    score = layout.score("unlearn", "report-00")
+    assert timings(layout, "unlearn", score) == ["timings/synthetic/score/unlearn/report-00.tsv"]
