@@ -68,7 +68,7 @@ def test_beside_own_data_a_users_image_is_read_as_they_are(tiny):
     np.testing.assert_array_equal(read_arrays(tiny.query("mine")["tensors"])["latent"], to_latents(upright[None], 2)[0])
     Image.fromarray(pixels).save("mine.png")
     Path("mine.png").write_text("no image")
-    with pytest.raises(UserError, match="mine.png is missing or no image that can be read: put the picture"):
+    with pytest.raises(UserError, match=r"mine.png is missing or no image that can be read: put the picture"):
         synthesize(replace(tiny, config=settings(prepare=prepare)), "mine", "cpu")
 
 
