@@ -258,7 +258,7 @@ class ImageQuery(Section):
     """One query: an image file of the user's (no ΔG, for want of its initial noise)."""
 
     name: Name = Field(description="Name of the query in every path; draw0, pool0 and the like are taken.")
-    image: str = Field(description="Image file, resized to the dataset's size.")
+    image: str = Field(description="Image file, resized to the dataset's size; of own data, cropped as they are.")
     prompt: str = Field(description="The prompt it was generated from.")
 
 

@@ -1,4 +1,6 @@
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,11 +8,12 @@ import torch
 from PIL import Image
 
 from forgetrace.artifacts import UserError, read_array, read_arrays, read_image, read_json, write_image
+from forgetrace.datasets.decoding import squared
 from forgetrace.diffusion.model import load_unet
 from forgetrace.diffusion.synthesis import regenerate, synthesize
 from forgetrace.encoding.latents import to_latents, to_pixels
 
-from ..conftest import HELD_OUT, fake_token_states
+from ..conftest import HELD_OUT, fake_token_states, settings
 
 CPU = torch.device("cpu")
 
@@ -51,6 +54,22 @@ def test_a_users_image_of_the_right_size_is_taken_as_it_is(tiny):
     write_image("mine.png", pixels)
     synthesize(tiny, "mine", "cpu")
     np.testing.assert_array_equal(read_image(tiny.query("mine")["image"]), pixels)
+
+
+def test_beside_own_data_a_users_image_is_read_as_they_are(tiny):
+    """A training image given as a query is that training image: upright, cropped, not squeezed."""
+    pixels = np.random.default_rng(2).integers(0, 256, (20, 32, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save("mine.png", exif=exif)
+    prepare = {"dataset": "folder", "path": ".", "size": 16}
+    synthesize(replace(tiny, config=settings(prepare=prepare)), "mine", "cpu")
+    upright = squared(Image.fromarray(np.rot90(pixels, -1)), 16)
+    np.testing.assert_array_equal(read_arrays(tiny.query("mine")["tensors"])["latent"], to_latents(upright[None], 2)[0])
+    Image.fromarray(pixels).save("mine.png")
+    Path("mine.png").write_text("no image")
+    with pytest.raises(UserError, match=r"mine.png is missing or no image that can be read: put the picture"):
+        synthesize(replace(tiny, config=settings(prepare=prepare)), "mine", "cpu")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no image", "cut short"])

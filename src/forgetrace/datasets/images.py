@@ -19,6 +19,18 @@ from forgetrace.datasets.registry import OWN
 from forgetrace.layout import Layout
 
 
+def read_square(path: str, size: int) -> np.ndarray:
+    """Any image file as an image of one's own is read, shape (size, size, 3), uint8.
+
+    Raises:
+        UserError: it is missing or no image.
+    """
+    try:
+        return squared(decoded(Path(path).read_bytes()), size)
+    except Exception as error:  # Pillow's readers raise nearly anything
+        raise UserError(f"{path} is missing or no image that can be read.") from error
+
+
 class TrainingImages:
     """Reads images of an experiment's dataset by their ``file_name``."""
 

@@ -1,7 +1,6 @@
 """The ``synthesize`` stage: the queries, generated from held-out captions or read from a file."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from forgetrace.artifacts import (
     write_image,
     write_json,
 )
-from forgetrace.datasets.decoding import decoded, squared
+from forgetrace.datasets.images import read_square
 from forgetrace.datasets.prepare import read_pool
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet
@@ -114,11 +113,10 @@ def _latent_of_file(layout: Layout, path: str, device: torch.device) -> np.ndarr
     from PIL import Image
 
     height, width, _ = read_json(layout.encode_manifest)["image_shape"]
+    size = layout.config.prepare.size
     try:
-        # Next to images of one's own, cropped as they are.
-        own = layout.config.prepare.path
-        pixels = squared(decoded(Path(path).read_bytes()), height) if own else read_image(path)
-    except Exception:  # Pillow's readers raise nearly anything
+        pixels = read_image(path) if size is None else read_square(path, size)
+    except UserError:
         raise UserError(
             f"{path} is missing or no image that can be read: put the picture of the query there, "
             "or change its 'image' under synthesize.queries."
