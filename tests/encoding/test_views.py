@@ -271,6 +271,19 @@ def test_every_stage_up_to_the_scores(tmp_path, monkeypatch):
             assert len(read_table(layout.score(method, "report-00"))) == IMAGES
 
 
+@pytest.mark.parametrize("method", ["pixel", "pixel-l2", "efficientnet"])
+def test_scores_of_pictures_hang_on_mirroring(method):
+    """Their input files are the same with and without."""
+    plain, viewed = (
+        {"score": {"methods": {method: {}, "random": {}}}, **more} for more in ({"retrain": {"methods": []}}, VIEWS)
+    )
+    plain, viewed = (
+        attributor(Layout("tiny", settings(**sections)), method).shaped_by() for sections in (plain, viewed)
+    )
+    assert plain == {}
+    assert viewed == {"flips": True}
+
+
 def test_what_cannot_go_together_is_refused():
     narrowed = {"scan": {"narrowing": {"tops": [200]}}, "score": {"methods": {"random": {}}}}
     with pytest.raises(UserError, match=r"scan.narrowing: not with encode.flips"):

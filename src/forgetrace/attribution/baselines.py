@@ -24,6 +24,10 @@ class Pixel(Attributor):
         """The index (for file names), the dataset and the query's image."""
         return [self.layout.index, self.layout.data_manifest, self.layout.query(query)["image"]]
 
+    def shaped_by(self) -> dict:
+        """Whether queries are compared mirrored too."""
+        return {"flips": True} if self.layout.config.encode.flips else {}
+
     def scores(self, query: str) -> np.ndarray:
         """Similarity of every training image to the query; where D is flipped, to the nearer of its orientations."""
         pixels = read_image(self.layout.query(query)["image"])

@@ -60,6 +60,10 @@ class FeatureSimilarity(Together):
         compared = self.compared()
         return [self.layout.index, self.layout.features(compared.name), compared.query_input(query)]
 
+    def shaped_by(self) -> dict:
+        """Whether queries are compared mirrored too."""
+        return {"flips": True} if self.layout.config.encode.flips else {}
+
     def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
         """Similarity of every training image to each query; where D is flipped, to the nearer of its orientations."""
         compared = self.compared()
