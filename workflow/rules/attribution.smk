@@ -294,7 +294,10 @@ rule score:
     params:
         config=CONFIG_FILE,
         shaped_by=lambda wildcards: shaped_by(
-            "score", "seed", ("score", "methods", wildcards.method)
+            "score",
+            "seed",
+            ("score", "methods", wildcards.method),
+            **registry.attributor(layout, wildcards.method).shaped_by(),
         ),
     shell:
         "forgetrace score --config {params.config:q} --method {wildcards.method:q}"
