@@ -27,7 +27,8 @@ def layout(tmp_path, monkeypatch) -> Layout:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("forgetrace.encoding.encode.token_states", fake_token_states)
     write_coco(Path("coco"), IMAGES)
-    return Layout("tiny", settings(prepare=PREPARE, encode={"factor": 8}))
+    queries = [{"name": "mine", "image": "mine.png", "prompt": "a cake"}]  # for want of held-out captions
+    return Layout("tiny", settings(prepare=PREPARE, encode={"factor": 8}, synthesize={"queries": queries}))
 
 
 def test_images_come_in_the_order_of_the_annotations_with_their_first_five_captions(layout, capfd):
