@@ -25,7 +25,7 @@ PREPARE = {"dataset": "coco", "path": "coco", "tuning_captions": 0, "report_capt
 @pytest.fixture
 def layout(tmp_path, monkeypatch) -> Layout:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("forgetrace.encoding.encode.token_states", fake_token_states)
+    monkeypatch.setattr("forgetrace.encoding.text.token_states", fake_token_states)
     write_coco(Path("coco"), IMAGES)
     queries = [{"name": "mine", "image": "mine.png", "prompt": "a cake"}]  # for want of held-out captions
     return Layout("tiny", settings(prepare=PREPARE, encode={"factor": 8}, synthesize={"queries": queries}))
