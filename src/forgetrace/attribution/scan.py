@@ -67,7 +67,9 @@ def scan(
     read = {"base": layout.weights, "weights": weights} | ({"before": layout.base_scan} if narrowed else {})
     shaping = settings.model_dump(mode="json") if narrowed else settings.of_base()
     made_by = provenance({"seed": layout.config.seed, "scan": shaping}, read)
-    key = fingerprint([made_by, sha256_of(layout.latents), stage_versions("scan")])
+    # A trained θ0 hangs on the captions; a given one does not.
+    captions = [sha256_of(layout.encode_manifest)] if layout.config.train.pretrained else []
+    key = fingerprint([made_by, sha256_of(layout.latents), stage_versions("scan"), *captions])
     rows = np.arange(len(encoded.latents))
     if shard is not None:
         rows = shard_rows(len(encoded.latents), len(bank.timesteps), settings, shard)
