@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
@@ -199,7 +200,7 @@ def kill_during(checkout: Checkout, training: str) -> dict[Path, int]:
             # The whole group, as when the machine dies: jobs do not outlive their Snakemake.
             os.killpg(run.pid, signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL, "it ended by itself"
-    time.sleep(1)  # the rest of the group goes one by one
+    wait_for(lambda: not group_lives(run.pid))  # the rest of the group goes one by one
     # Snakemake names the outputs of running jobs by a file each.
     running = [urlsafe_b64decode(path.name).decode() for path in (checkout.folder / ".snakemake/incomplete").iterdir()]
     assert any(path.startswith(("results/digits/train", "results/digits/retrain")) for path in running)
@@ -208,6 +209,17 @@ def kill_during(checkout: Checkout, training: str) -> dict[Path, int]:
     return {
         path: path.stat().st_mtime_ns for path in files if "checkpoints" not in path.parts and path.suffix != ".partial"
     }
+
+
+def group_lives(group: int) -> bool:
+    """Whether any process of a group is left; one that has ended and waits to be looked at does not count."""
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+        except ProcessLookupError:
+            continue
+    return False
 
 
 def test_a_killed_run_ends_with_the_same_scores_and_measures(smoke, story):
