@@ -284,6 +284,7 @@ def contents(checkout: Checkout) -> dict[Path, bytes]:
 def test_read_only_results_are_named_before_any_job(checkout):
     results = checkout.folder / "results"
     results.mkdir()
+    before = contents(checkout)
     with read_only(results):
         refused = checkout(*ordinary(*REPRODUCE), check=False)
     assert refused.returncode != 0
@@ -293,7 +294,7 @@ def test_read_only_results_are_named_before_any_job(checkout):
         "(`sudo chown -R $USER .` after a run as root), then run again."
     )
     assert makes.startswith("make: ***")
-    assert not (checkout.folder / "data").exists()
+    assert contents(checkout) == before
     results.rmdir()
 
 

@@ -102,16 +102,25 @@ def test_a_job_that_outlived_its_snakemake_counts(killed):
         job.wait()
 
 
+# What squeue does, whether this folder has sent jobs to Slurm, and what is said of it.
+SILENT = "echo unreachable >&2; exit 1"
 QUEUES = {
-    "a job of this folder": ("echo '42 {folder}'; echo 43 /elsewhere", "(42), which may be alive on another machine"),
-    "no answer": ("echo unreachable >&2; exit 1", "squeue does not say"),
-    "jobs elsewhere and this one": ("echo 43 /elsewhere; echo 44 '{folder}'", None),
+    "a job of this folder": (
+        "echo '42 {folder}'; echo 43 /elsewhere",
+        False,
+        "(42), which may be alive on another machine",
+    ),
+    "no answer": (SILENT, True, "squeue does not say"),
+    "no answer, and no job was ever sent": (SILENT, False, None),
+    "jobs elsewhere and this one": ("echo 43 /elsewhere; echo 44 '{folder}'", True, None),
 }
 
 
 @pytest.mark.parametrize("queue", QUEUES)
 def test_a_lock_stays_while_slurm_may_have_jobs_here(killed, tmp_path_factory, queue):
-    squeue, sentence = QUEUES[queue]
+    squeue, sent, sentence = QUEUES[queue]
+    if sent:
+        (killed / ".snakemake/slurm_logs").mkdir()
     tools = tmp_path_factory.mktemp("bin")
     (tools / "squeue").write_text("#!/bin/sh\n" + squeue.format(folder=killed))
     (tools / "squeue").chmod(0o755)

@@ -21,6 +21,7 @@ import psutil
 PROGRAMS = ("snakemake", "forgetrace")
 LOCKS = Path(".snakemake", "locks")
 RUN = Path(".snakemake", "run")  # locked by the run that is alive, and naming it
+SLURM_LOGS = Path(".snakemake", "slurm_logs")  # made by Snakemake before its first Slurm job of this folder
 
 
 class Refusal(Exception):
@@ -106,7 +107,10 @@ def runs_program(command: list[str]) -> bool:
 
 
 def jobs_in_slurm(folder: Path) -> list[str]:
-    """Ids of the user's other Slurm jobs, waiting or running, that work in ``folder``; none without Slurm."""
+    """Ids of the user's other Slurm jobs, waiting or running, that work in ``folder``; none without Slurm.
+
+    A machine may have Slurm's commands and no cluster behind them: silence matters where jobs were once sent.
+    """
     if not shutil.which("squeue"):
         return []
     try:
@@ -116,6 +120,8 @@ def jobs_in_slurm(folder: Path) -> list[str]:
     except subprocess.TimeoutExpired:
         asked = None
     if asked is None or asked.returncode:
+        if not (folder / SLURM_LOGS).is_dir():
+            return []
         raise Refusal(
             "A killed run left its lock, and squeue does not say whether its Slurm jobs still write here: once none "
             "does, run `snakemake --unlock`, then run again."
