@@ -427,6 +427,9 @@ class Method(Section):
         description="Scale the gradient of a training image to length 1 at every timestep (influence, datainf).",
         exclude_if=_unused,
     )
+    methods: list[str] | None = Field(
+        None, description="Other methods whose standardised scores are added up (ensemble only).", exclude_if=_unused
+    )
     encoder: str | None = Field(
         None,
         description="Image encoder: efficientnet-lite0, or a model of transformers as owner/model, "

@@ -67,6 +67,7 @@ from forgetrace.config import parse_config
 from forgetrace.layout import Layout
 methods = {"u": {"attributor": "unlearning"}, **{name: {} for name in ATTRIBUTORS if name != "unlearning"}}
 methods["image-features"] = {"encoder": "some/model"}
+methods["ensemble"] = {"methods": ["pixel", "text"]}
 config = parse_config({"score": {"methods": methods}, "unlearn": {"u": {"step_size": 1}}}, "x.yaml")
 for method in methods:
     assert inputs(Layout("x", config), method, "report-00")

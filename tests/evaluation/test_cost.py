@@ -9,7 +9,7 @@ from forgetrace.artifacts import write_table
 from forgetrace.attribution import registry
 from forgetrace.attribution.contract import Features, Together
 from forgetrace.attribution.score import TOOK
-from forgetrace.config import Variant
+from forgetrace.config import Variant, parse_config
 from forgetrace.evaluation.cost import COST, cost, needs, timings
 
 from . import synthetic
@@ -135,9 +135,7 @@ def test_a_job_for_all_queries_is_shared_and_features_are_paid_once(layout, monk
         layout.fisher,
         layout.score("pixel-l2", "report-00"),
     }
-    assert timings(layout, "pixel-l2", layout.score("pixel-l2", "report-00")) == [
-        "timings/synthetic/score/pixel-l2/all.tsv"
-    ]
+    assert timings(layout, layout.score("pixel-l2", "report-00")) == ["timings/synthetic/score/pixel-l2/all.tsv"]
     ran("timings/synthetic/fit/gradients-t10.tsv", 30, 900)
     ran("timings/synthetic/fit/fisher.tsv", 70, 200)
     ran("timings/synthetic/score/pixel-l2/all.tsv", 20, 1000)
@@ -156,8 +154,18 @@ def test_a_job_for_all_queries_is_shared_and_features_are_paid_once(layout, monk
 def test_a_sharded_scan_took_what_its_shards_took(layout):
     scan = layout.config.scan.model_copy(update={"shards": 2})
     layout = replace(layout, config=layout.config.model_copy(update={"scan": scan}))
-    assert timings(layout, "unlearn", layout.base_scan) == [
+    assert timings(layout, layout.base_scan) == [
         f"timings/synthetic/scan/{name}.tsv" for name in ("base", "base/shard-0", "base/shard-1")
     ]
     score = layout.score("unlearn", "report-00")
-    assert timings(layout, "unlearn", score) == ["timings/synthetic/score/unlearn/report-00.tsv"]
+    assert timings(layout, score) == ["timings/synthetic/score/unlearn/report-00.tsv"]
+
+
+def test_an_ensemble_costs_what_its_members_do(layout):
+    plain = layout.config.model_dump(mode="json", exclude_unset=True)
+    plain["score"]["methods"]["both"] = {"attributor": "ensemble", "methods": ["unlearn", "pixel-l2"]}
+    layout = replace(layout, config=parse_config(plain, "config/synthetic.yaml"))
+    own = {layout.score("both", "report-02")}
+    assert needs(layout, "both", "report-02") == own | {
+        path for member in ("unlearn", "pixel-l2") for path in needs(layout, member, "report-02")
+    }

@@ -3,6 +3,7 @@
 from forgetrace.artifacts import UserError
 from forgetrace.attribution.baselines import Pixel, PixelL2, Random, Text
 from forgetrace.attribution.contract import Attributor, Features, Together
+from forgetrace.attribution.ensemble import Ensemble
 from forgetrace.attribution.image_features import Clip, Dino, DinoV2, EfficientNet, ImageFeatures
 from forgetrace.attribution.influence import DataInf, Influence, ReTrac, TracIn
 from forgetrace.attribution.trak import Das, DTrak, JourneyTrak, Trak
@@ -30,6 +31,7 @@ ATTRIBUTORS: dict[str, type[Attributor]] = {
     "dinov2": DinoV2,
     "image-features": ImageFeatures,
     "unet-features": UNetFeatures,
+    "ensemble": Ensemble,
     RANDOM: Random,
 }
 

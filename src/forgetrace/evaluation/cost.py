@@ -36,8 +36,8 @@ def _cost(layout: Layout, method: str) -> tuple[float, ...]:
     queries = layout.config.queries()
     files = {path for query in queries for path in needs(layout, method, query)}
     of_queries = {path for path in files if PurePosixPath(path).stem in queries}
-    jobs = {job for path in files - of_queries for job in timings(layout, method, path)}
-    jobs_of_queries = {job for path in of_queries for job in timings(layout, method, path)}
+    jobs = {job for path in files - of_queries for job in timings(layout, path)}
+    jobs_of_queries = {job for path in of_queries for job in timings(layout, path)}
     seconds, memory = _measured(jobs)
     seconds_of_queries, memory_of_queries = _measured(jobs_of_queries)
     sizes = [Path(path).stat().st_size if Path(path).exists() else np.nan for path in files]
@@ -60,6 +60,8 @@ def needs(layout: Layout, method: str, query: str) -> set[str]:
     """Files of the stages fit to score behind a method's scores for a query, those scores among them."""
     source = attributor(layout, method)
     files = {layout.score(method, query), *source.inputs(query)}
+    for member in source.options.methods or []:
+        files |= needs(layout, member, query)
     for features in source.features():
         files |= {layout.features(features.name), *features.inputs()}
     for variant, settings in layout.config.unlearn.items():
@@ -69,13 +71,13 @@ def needs(layout: Layout, method: str, query: str) -> set[str]:
     return {path for path in files if path.startswith(tuple(f"{layout.root}/{stage}/" for stage in STAGES))}
 
 
-def timings(layout: Layout, method: str, path: str) -> list[str]:
+def timings(layout: Layout, path: str) -> list[str]:
     """Timings of the jobs that made one of :func:`needs`; names follow the file's, see ``workflow/rules``."""
     stage, *names = PurePosixPath(path).relative_to(layout.root).with_suffix("").parts
     if (stage, names[0]) == ("fit", "features"):
         names = names[1:]
-    if stage == "score" and isinstance(attributor(layout, method), Together):
-        names = [method, "all"]
+    if stage == "score" and isinstance(attributor(layout, names[0]), Together):
+        names = [names[0], "all"]
     shards = layout.config.scan.shards if stage == "scan" else 1
     parts = [layout.timing(stage, *names, f"shard-{shard}") for shard in range(shards) if shards > 1]
     return [layout.timing(stage, *names), *parts]
