@@ -4,6 +4,7 @@ import os
 import signal
 import stat
 import subprocess
+import time
 from contextlib import suppress
 from importlib.metadata import version
 
@@ -386,6 +387,71 @@ def test_hashes(tmp_path):
         sha256_of(tmp_path / "y")
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A file as large as those whose hash is remembered, in a folder where the workflow has run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(artifacts, "LARGE", 3)
+    monkeypatch.setattr(artifacts, "SETTLED", -1)
+    (tmp_path / ".snakemake").mkdir()
+    (tmp_path / "x").write_text("abc")
+    return tmp_path / "x"
+
+
+def remembered(folder) -> list:
+    return sorted((folder / ".snakemake").rglob("*.json"))
+
+
+def test_a_large_file_is_hashed_once(large, monkeypatch):
+    found = sha256_of(large)
+    monkeypatch.setattr("hashlib.file_digest", None)
+    assert sha256_of(large) == sha256_of("x") == found
+    assert read_json(remembered(large.parent)[0])["sha256"] == found
+
+
+def test_a_changed_file_is_hashed_again(large):
+    before, status = sha256_of(large), large.stat()
+    time.sleep(0.02)  # dates advance by a few milliseconds at a time
+    large.write_text("abd")  # the same size
+    changed = sha256_of(large)
+    assert changed != before
+    time.sleep(0.02)
+    large.write_text("abc")
+    os.utime(large, ns=(status.st_atime_ns, status.st_mtime_ns))  # and a date that was put back
+    assert sha256_of(large) == before
+    other = large.with_name("y")
+    other.write_text("abd")
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.replace(large)
+    assert sha256_of(large) == changed
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"state": 1}', "no json"])
+def test_a_damaged_memory_is_as_none(large, content):
+    found = sha256_of(large)
+    remembered(large.parent)[0].write_text(content)
+    assert sha256_of(large) == found
+    assert read_json(remembered(large.parent)[0])["sha256"] == found
+
+
+def test_what_is_not_remembered(large, monkeypatch):
+    monkeypatch.setattr(artifacts, "SETTLED", 3600)  # another change may leave the same date
+    sha256_of(large)
+    monkeypatch.undo()
+    monkeypatch.chdir(large.parent)
+    sha256_of(large)  # a small file
+    assert remembered(large.parent) == []
+    monkeypatch.setattr(artifacts, "LARGE", 3)
+    (large.parent / ".snakemake").rmdir()
+    assert sha256_of(large) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert not (large.parent / ".snakemake").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_costs_no_more_than_time(large):
+    (large.parent / ".snakemake/hashes").write_text("a file in its place")
+    assert sha256_of(large) == sha256_of(large)
 
 
 def test_provenance_holds_config_packages_and_input_hashes(tmp_path):

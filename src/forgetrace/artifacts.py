@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 RECORDED_PACKAGES = ("forgetrace", "torch", "diffusers", "transformers", "numpy")
 
 PRIVATE = 2**30  # bytes of the largest file mapped privately
+
+LARGE = 2**28  # bytes from which a file's hash is remembered
+HASHES = Path(".snakemake", "hashes")  # among the workflow's own records; without them nothing is remembered
+SETTLED = 2  # seconds since its last change after which a file's date tells of the next one on any file system
 
 
 class UserError(Exception):
@@ -89,11 +94,32 @@ def _unwritable(error: BaseException | None) -> str | None:
 def sha256_of(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes.
 
+    Every job of an experiment asks for those of its data, which at COCO's size takes minutes: of a large file the
+    answer is remembered until its size, inode or one of its dates changes.
+
     Raises:
         UserError: the file is missing or cannot be read.
     """
     with _readable(path), open(path, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        status = os.fstat(content.fileno())
+        if status.st_size < LARGE or not HASHES.parent.is_dir():
+            return hashlib.file_digest(content, "sha256").hexdigest()
+        record = HASHES / f"{fingerprint(os.path.realpath(path))}.json"
+        state = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+        try:
+            known = json.loads(record.read_text())
+            if known["state"] == state:
+                return known["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        settled = time.time() - max(status.st_mtime, status.st_ctime) > SETTLED
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if settled:
+        try:
+            write_json(record, {"file": str(path), "state": state, "sha256": found})
+        except UserError:
+            pass  # a folder that cannot be written to costs time alone
+    return found
 
 
 def fingerprint(value: object) -> str:
