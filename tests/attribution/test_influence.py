@@ -234,6 +234,15 @@ def test_datainf_without_damping_is_refused():
         inverse_products(model, [batches, batches], {"weight": torch.ones(1, 1, 3)}, 0)
 
 
+def test_datainf_leaves_weights_alone_that_no_draw_moves():
+    model = torch.nn.Linear(3, 1)
+    batches = [lambda: model(torch.zeros(2, 3)).square().sum(dim=1)]
+    vectors = {"weight": torch.ones(1, 1, 3), "bias": torch.ones(1, 1)}
+    found = inverse_products(model, [batches, batches], vectors, 0.1)
+    np.testing.assert_array_equal(found["weight"], np.zeros((1, 1, 3)))
+    assert found["bias"] > 0
+
+
 def test_influence_on_a_linear_model_is_the_newton_estimate_of_leave_one_out():
     """⟨g_i, H⁻¹ g_q⟩ / N is the query's loss increase when image i is left out, to first order in 1/N."""
     torch.manual_seed(1)

@@ -103,6 +103,16 @@ def test_preconditioning_closed_form():
     torch.testing.assert_close(undamped["a"], torch.tensor([2.0, -2 / 3]))
 
 
+def test_weights_that_no_draw_moves_stay_where_they_are():
+    fisher = {"a": torch.zeros(2, 2).double(), "b": torch.ones(2).double()}
+    ones = {name: torch.ones(value.shape) for name, value in fisher.items()}
+    result = DiagonalFisher(fisher, damping=0.1).precondition(ones)
+    torch.testing.assert_close(result["a"], torch.zeros(2, 2))
+    torch.testing.assert_close(result["b"], torch.full((2,), 1 / 1.1))
+    with pytest.raises(UserError, match="of a has 4 zero entries"):
+        DiagonalFisher(fisher, damping=0).precondition(ones)
+
+
 def test_small_entries_survive_in_float64():
     """A Fisher entry of 1e-42 is no number in float32 arithmetic that flushes denormals."""
     fisher = {"a": torch.tensor([1e-42, 1e-42], dtype=torch.float64)}

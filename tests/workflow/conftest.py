@@ -117,8 +117,8 @@ def commit(checkout: Checkout) -> None:
     checkout("git", "commit", "--quiet", "--message", "state")
 
 
-def layout_of(checkout: Checkout) -> Layout:
-    return load_layout(checkout.folder / "config/digits.yaml")
+def layout_of(checkout: Checkout, experiment: str = "digits") -> Layout:
+    return load_layout(checkout.folder / f"config/{experiment}.yaml")
 
 
 @contextmanager

@@ -102,6 +102,19 @@ def test_a_job_that_outlived_its_snakemake_counts(killed):
         job.wait()
 
 
+def test_an_interpreter_whose_path_has_a_space_starts_nothing_on_a_cluster(folder, tmp_path_factory):
+    python = tmp_path_factory.mktemp("a clone") / "python"
+    python.symlink_to(sys.executable)
+    # Told so, because a link's home is looked for beside it, and a whole environment takes a minute to make.
+    program = f"import sys; sys.executable = {str(python)!r}; sys.argv = ['start_run.py', 'config.yaml', 'all']\n"
+    program += f"exec(compile(open({str(SCRIPT)!r}).read(), {str(SCRIPT)!r}, 'exec'))"
+    environment = os.environ | {"SNAKEMAKE_PROFILE": "profiles/slurm"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert f"would not find {python}, whose path has a space" in done.stderr
+    assert not locks(folder)
+
+
 # What squeue does, whether this folder has sent jobs to Slurm, and what is said of it.
 SILENT = "echo unreachable >&2; exit 1"
 QUEUES = {

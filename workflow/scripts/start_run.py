@@ -106,6 +106,15 @@ def runs_program(command: list[str]) -> bool:
     return bool(command) and Path(command[0]).name in PROGRAMS
 
 
+def check_cluster(python: str) -> None:
+    """Refuse what Snakemake's jobs on a cluster cannot start with: they name this interpreter without quotes."""
+    if os.environ.get("SNAKEMAKE_PROFILE") and len(python.split()) > 1:
+        raise Refusal(
+            f"Jobs on a cluster would not find {python}, whose path has a space: move the repository to a path "
+            "without one, then run again."
+        )
+
+
 def jobs_in_slurm(folder: Path) -> list[str]:
     """Ids of the user's other Slurm jobs, waiting or running, that work in ``folder``; none without Slurm.
 
@@ -151,6 +160,7 @@ def main(config: str, *arguments: str) -> None:
     """Become Snakemake, or say in one sentence why not and exit with status 1."""
     try:
         check_permissions(Path(config).stem)
+        check_cluster(sys.executable)
         hold_folder()
         if alive := running_here(Path.cwd()):
             raise Refusal(another_run(alive))

@@ -46,7 +46,7 @@ def datainf(
         damping: λ of each weight tensor over its mean squared gradient.
 
     Returns:
-        By weight name, (V, *shape), float32.
+        By weight name, (V, *shape), float32; zeros of weights that no draw moves.
 
     Raises:
         UserError: λ is 0, which has no inverse.
@@ -65,6 +65,8 @@ def inverse_products(
     result, shares = {}, {}
     for name, v in vectors.items():
         level = damping * squares[name].mean() / v.shape[1]
+        if damping > 0 and not squares[name].any():
+            level = level + torch.inf
         if not level > 0:
             raise UserError(f"DataInf's λ of {name} is 0: set the method's damping above 0 (0.1 is the default).")
         shares[name] = (dots[name] / (level + squares[name])[:, None] / len(squares[name]) / level).float()

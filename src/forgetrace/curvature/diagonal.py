@@ -68,11 +68,15 @@ class DiagonalFisher:
 
 
 def damped(name: str, fisher: torch.Tensor, damping: float) -> torch.Tensor:
-    """F + λ with λ = damping · mean(F).
+    """F + λ with λ = damping · mean(F); infinite where no draw moves any of the weights, which then stay.
+
+    Such are the queries and keys of self-attention over a single position.
 
     Raises:
-        UserError: an entry is 0; names the weights.
+        UserError: an entry is 0 without damping; names the weights.
     """
+    if damping > 0 and not fisher.any():
+        return torch.full_like(fisher, torch.inf)
     result = fisher + damping * fisher.mean()
     if zeros := int((result == 0).sum()):
         raise UserError(
