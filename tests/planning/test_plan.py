@@ -190,3 +190,21 @@ def test_the_smoke_experiment_is_estimated_before_its_data_are_there(tmp_path):
         assert float(rows[stage][4].replace(",", "")) > 20  # MB of memory
     assert "Wall time on 3 cores: 0:" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_images_and_models_are_found_from_another_folder_and_names_of_the_hub_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("own", "sd", "model"):
+        Path(name).mkdir()
+    changed = {
+        "prepare": {"dataset": "folder", "path": "own", "size": 16},
+        "encode": {"image_encoder": "autoencoder-kl", "pipeline": "sd"},
+        "train": {"pretrained": "model", "parent": "owner/model"},
+    }
+    sections = {name: getattr(settings(), name).model_copy(update=update) for name, update in changed.items()}
+    moved = calibrate.anywhere(Layout("x", settings().model_copy(update=sections))).config
+    assert moved.prepare.path == str(tmp_path / "own")
+    assert moved.encode.pipeline == str(tmp_path / "sd")
+    assert (moved.train.pretrained, moved.train.parent, moved.train.lora) == (
+        str(tmp_path / "model"), "owner/model", None,
+    )  # fmt: skip

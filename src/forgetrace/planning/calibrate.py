@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from forgetrace.encoding.store import Encoded
 
 IMAGES, CAPTIONS = 256, 64  # of the training data, for units with torch
+# Keys that may name files, by section.
+PATHS = {"prepare": ["path"], "encode": ["pipeline"], "train": ["pretrained", "parent", "lora"]}
 
 
 class Unit(NamedTuple):
@@ -78,12 +80,14 @@ def calibrate(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
 
 
 def anywhere(layout: Layout) -> Layout:
-    """The layout that finds one's own images from another folder."""
-    settings = layout.config.prepare
-    if settings.path is None:
-        return layout
-    moved = settings.model_copy(update={"path": str(Path(settings.path).absolute())})
-    return Layout(layout.name, layout.config.model_copy(update={"prepare": moved}))
+    """The layout that finds one's own images and models from another folder."""
+    sections = {}
+    for name, keys in PATHS.items():
+        section = getattr(layout.config, name)
+        # What is no path here is a model of the hub.
+        here = {key: path for key in keys if (path := getattr(section, key)) and Path(path).exists()}
+        sections[name] = section.model_copy(update={key: str(Path(path).absolute()) for key, path in here.items()})
+    return Layout(layout.name, layout.config.model_copy(update=sections))
 
 
 def stand_in(
