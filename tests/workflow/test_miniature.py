@@ -7,6 +7,7 @@ import yaml
 from PIL import Image
 
 from forgetrace.artifacts import read_array, read_json, read_table
+from forgetrace.figures.catalogue import names
 
 from ..datasets.pictures import write_coco
 from ..pipelines import TOKENS, WIDTH, save_pipeline
@@ -113,6 +114,6 @@ def test_the_tables_hold_every_judged_method_and_the_figures_are_pictures(layout
     assert set(found["method"]) >= {"unlearn", "both", "random"}
     assert np.isfinite(found["mean"]).all()
     assert set(pd.read_csv(f"{layout.root}/evaluate/unlearning.csv")["variant"]) == {"unlearn", "unlearn-ekfac"}
-    for name in ("training", "counterfactual", "delta", "unlearning"):
+    for name in names(layout):
         with Image.open(layout.figure(name, "png")) as picture:
             assert min(picture.size) > 100
