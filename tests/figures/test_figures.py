@@ -9,7 +9,7 @@ import pytest
 from forgetrace.artifacts import UserError, read_image, read_table, write_table
 from forgetrace.evaluation.tables import evaluate
 from forgetrace.figures.catalogue import draw, names
-from forgetrace.figures.page import Page
+from forgetrace.figures.page import LETTER, Page, lines
 from forgetrace.figures.style import DPI, colour_of, look, marker_of
 from forgetrace.layout import Layout
 
@@ -150,3 +150,11 @@ def test_figures_do_without_seeds_and_with_one_query(tmp_path, monkeypatch):
     evaluate(layout, synthetic.flat_encoder)
     draw(layout, "delta")
     assert Path(layout.figure("delta", "pdf")).stat().st_size > 1000
+
+
+def test_a_long_text_is_broken_to_fit_and_ends_in_an_ellipsis():
+    text = "a man riding a wave on top of a surfboard while people watch him"
+    assert " ".join(lines(text, 2, 12)) == text
+    assert all(len(line) * 12 * LETTER / 72 <= 2 for line in lines(text, 2, 12))
+    assert lines(text, 2, 12, most=2) == [lines(text, 2, 12)[0], "wave on top of a …"]
+    assert lines("short", 2, 12, most=2) == ["short"]

@@ -8,7 +8,7 @@ import pandas as pd
 
 from forgetrace.artifacts import UserError, read_image, read_json, read_table
 from forgetrace.datasets.images import TrainingImages
-from forgetrace.figures.page import TILE, Page
+from forgetrace.figures.page import TILE, Page, lines
 from forgetrace.figures.style import MUTED, colour_of, look, save
 from forgetrace.layout import Layout
 
@@ -45,15 +45,14 @@ def draw(layout: Layout, name: str, query: str) -> None:
 def _header(page: Page, query: str, prompt: str, image: np.ndarray) -> None:
     size = 1.5 * TILE
     page.image(MARGIN, MARGIN, size, image)
-    left = MARGIN + size + 0.25
-    page.text(left, MARGIN + 0.05, f"“{prompt}”", size=13, weight="bold")
-    page.text(left, MARGIN + 0.38, f"the generated image {query}", size=9.5, colour=MUTED)
-    page.text(
-        left,
-        MARGIN + 0.72,
-        "Below: the training images that each method ranks first, from the left, with their scores.",
-        size=9.5,
-    )
+    left, top = MARGIN + size + 0.25, MARGIN + 0.05
+    width = page.width - MARGIN - left
+    for line in lines(f"“{prompt}”", width, 13, most=2):
+        page.text(left, top, line, size=13, weight="bold")
+        top += 0.25
+    page.text(left, top + 0.08, f"the generated image {query}", size=9.5, colour=MUTED)
+    below = "Below: the training images that each method ranks first, from the left, with their scores."
+    page.text(left, top + 0.42, "\n".join(lines(below, width, 8)), size=9.5)
 
 
 def _row(page: Page, y: float, method: str, colour: str, ranked: list[_Ranked]) -> None:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from forgetrace.artifacts import UserError, read_image, read_json, read_table
 from forgetrace.config import RANDOM, SEED_SET
-from forgetrace.figures.page import TILE, Page
+from forgetrace.figures.page import TILE, Page, lines
 from forgetrace.figures.style import INK, MUTED, colour_of, look, save
 from forgetrace.layout import Layout
 
@@ -37,11 +37,14 @@ def draw(layout: Layout, name: str, query: str) -> None:
     rows = {k: _groups(layout, query, k) for k in sorted(layout.config.retrain.k)}
     widest = max(_width(groups) for groups in rows.values())
     with look():
-        page = Page(max(2 * MARGIN + SIZE + widest, 6.0), 2 * MARGIN + HEADER + len(rows) * ROW - 0.2)
-        page.text(MARGIN, MARGIN - 0.02, f"“{record['prompt']}”", size=12, weight="bold")
-        page.text(MARGIN, MARGIN + 0.26, SUBTITLES[record["source"]], size=9, colour=MUTED)
+        width = max(2 * MARGIN + SIZE + widest, 6.0)
+        prompt = lines(f"“{record['prompt']}”", width - 2 * MARGIN, 12)
+        more = (len(prompt) - 1) * 0.23
+        page = Page(width, 2 * MARGIN + HEADER + more + len(rows) * ROW - 0.2)
+        page.text(MARGIN, MARGIN - 0.02, "\n".join(prompt), size=12, weight="bold")
+        page.text(MARGIN, MARGIN + 0.26 + more, SUBTITLES[record["source"]], size=9, colour=MUTED)
         for i, groups in enumerate(rows.values()):
-            _row(page, layout, query, MARGIN + HEADER + i * ROW, original, groups, values)
+            _row(page, layout, query, MARGIN + HEADER + more + i * ROW, original, groups, values)
         save(page.figure, layout, name)
 
 

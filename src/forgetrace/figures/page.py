@@ -1,5 +1,7 @@
 """A page measured in inches from its top left corner, for grids of images and short texts."""
 
+import textwrap
+
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
@@ -8,6 +10,7 @@ from forgetrace.figures.style import FAINT, INK, MUTED, PAPER
 
 # 0.8 inches are 128 pixels at the figures' resolution: pixels of a 16x16 image become 8x8 squares.
 TILE = 0.8
+LETTER = 0.66  # width of a letter of bold print, over its size
 
 
 class Page:
@@ -85,6 +88,15 @@ class Page:
     def rule(self, x0: float, x1: float, y: float, colour: str = FAINT, width: float = 1.0) -> None:
         """Draw a horizontal line from x0 to x1 inches at y inches; ``width`` in points."""
         self._axes.plot([x0, x1], [y, y], color=colour, linewidth=width, solid_capstyle="butt")
+
+
+def lines(text: str, inches: float, size: float, most: int | None = None) -> list[str]:
+    """A text broken into lines that fit a width; with ``most`` lines it ends in an ellipsis where it is longer.
+
+    Letters are taken to be as wide as those of bold print; ``size`` in points.
+    """
+    letters = max(3, int(72 * inches / (LETTER * size)))
+    return textwrap.wrap(text, letters, max_lines=most, placeholder=" …")
 
 
 def _whole_pixels(inches: float) -> float:
