@@ -58,15 +58,21 @@ def test_a_config_is_of_the_images_there_are(timed):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "channels", "steps"),
-    [(0.01, [64, 128], 5000), (0.1, [64, 128], 3000), (0.2, [32, 64], 1500), (9, [32, 64], 1000)],
+    ("seconds", "channels", "steps", "size"),
+    [(0.01, [64, 128], 5000, 32), (0.1, [64, 128], 3000, 32), (0.2, [32, 64], 1500, 16), (9, [32, 64], 1000, 16)],
 )
-def test_a_slower_machine_has_a_smaller_model_and_fewer_steps(timed, seconds, channels, steps):
+def test_a_slower_machine_has_smaller_images_a_smaller_model_and_fewer_steps(timed, seconds, channels, steps, size):
     for number, name in enumerate(write_folder(Path("in"), SCENES) and SCENES):
         picture(number, 32, 32).save(Path("in", name))
     timed[0] = seconds
     config = drafted("mine", "in").config
-    assert (config.train.channels, config.train.steps, config.prepare.size) == (channels, steps, 32)
+    assert (config.train.channels, config.train.steps, config.prepare.size) == (channels, steps, size)
+
+
+@pytest.mark.parametrize("kind", draft.SCALES)
+def test_no_network_is_narrower_than_its_latents(kind):
+    """300 emoji at 32 pixels, 48 channels in a network of 32, came out as noise."""
+    assert all(scale.channels[0] >= 3 * scale.factor**2 for scale in draft.SCALES[kind])
 
 
 @pytest.mark.parametrize(("side", "size"), [(9, 16), (16, 16), (31, 16), (32, 32), (500, 32)])
