@@ -66,7 +66,7 @@ def encode(config: ConfigPath, device: Device = "auto") -> None:
     layout = _experiment(config)
     from forgetrace.encoding.encode import encode
 
-    if not layout.config.encode.pipeline:  # the built-in encoders are the CPU's
+    if not layout.config.encode.pipeline:  # the built-in encoders are the CPU's, and none runs for what is given
         encode(layout)
         return
     from forgetrace.diffusion.device import pick_device
@@ -89,7 +89,7 @@ def train(config: ConfigPath, device: Device = "auto") -> None:
 
 @app.command()
 def synthesize(config: ConfigPath, query: QueryName, threads: Threads = None, device: Device = "auto") -> None:
-    """Generate one query, or read it from the user's image file."""
+    """Generate one query, or read it from the user's image file or a release."""
     layout = _experiment(config, query)
     _use(threads)
     from forgetrace.diffusion.synthesis import synthesize
