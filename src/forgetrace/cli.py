@@ -319,6 +319,43 @@ def init(
     typer.echo(f"{file}: {summary}\nNext: forgetrace plan --config {file}; make reproduce EXPERIMENT={name}")
 
 
+@app.command("import-release")
+def import_release(
+    source: Annotated[Path, typer.Argument(help="AttributeByUnlearning's data/mscoco or FastGDA's data/coco.")],
+    to: Annotated[Path, typer.Option(help="Folder to convert to: about half of the source's size, for COCO 100 GB.")],
+    name: Annotated[str | None, typer.Option(help="The experiment; by default named after the folder.")] = None,
+) -> None:
+    """Convert published artifacts and write a config that runs their setting; run again, it goes on where it was."""
+    from forgetrace.release.convert import import_release
+
+    file, found = import_release(source, to, name)
+    typer.echo(f"{found}\nNext: make reproduce EXPERIMENT={file.stem}; forgetrace compare-release --config {file} ...")
+
+
+@app.command("compare-release")
+def compare_release(
+    config: ConfigPath,
+    influence: Annotated[
+        Path, typer.Option(help="A folder of influence_<i>.pkl, or influence_test.pkl or influence_train.pkl.")
+    ],
+    method: Annotated[
+        str | None, typer.Option(help="A method of the section score; by default the first that unlearns.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Also write every query's comparison, as .csv.")] = None,
+) -> None:
+    """Compare scores with published ones of the same queries: rank correlation, overlap of the top images."""
+    layout = _experiment(config)
+    from forgetrace.artifacts import write_table
+    from forgetrace.release.compare import compare, unlearning_method
+
+    compared = compare(layout, influence, method or unlearning_method(layout))
+    if table:
+        write_table(table, compared)
+    typer.echo(compared.to_string(index=False, float_format="%.4g"))
+    typer.echo(f"mean of {len(compared)} queries:")
+    typer.echo(compared.mean(numeric_only=True).to_string(float_format="%.4g"))
+
+
 @app.command()
 def tidy(
     config: ConfigPath,

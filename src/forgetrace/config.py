@@ -742,3 +742,8 @@ def _sentence(problem: dict) -> str:
         return f"unknown key '{key}'"
     message = problem["msg"].removeprefix("Value error, ")
     return f"'{key}': {message}" if key else message
+
+
+def quoted(text: str) -> str:
+    """Any text as YAML on one line, also within braces."""
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).rstrip("\n")
