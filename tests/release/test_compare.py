@@ -124,17 +124,17 @@ def test_arrays_of_every_protocol_and_older_numpy_are_read(tmp_path, protocol):
 def test_files_of_other_queries_are_refused(layout):
     with pytest.raises(UserError, match=r"--influence nowhere: name a folder of influence_<i>.pkl, or a file"):
         compare(layout, Path("nowhere"), "mine")
-    with pytest.raises(UserError, match="expected the set 'test' of a release's queries, there is sample"):
+    with pytest.raises(UserError, match=r"expected the set 'test' of a release's queries, there is sample"):
         compare(layout, Path("influence_test.pkl"), "mine")
     THEIRS.mkdir()
-    with pytest.raises(UserError, match="there is no influence_<i>.pkl"):
+    with pytest.raises(UserError, match=r"there is no influence_<i>.pkl"):
         compare(layout, THEIRS, "mine")
     with pytest.raises(UserError, match=r"--method that: the experiment has no such method \(it has text, mine\)"):
         compare(layout, THEIRS, "that")
     write_influence(THEIRS / "influence_0.pkl", np.zeros(N))
-    with pytest.raises(UserError, match="expected one set of a release's queries, there is test, train"):
+    with pytest.raises(UserError, match=r"expected one set of a release's queries, there is test, train"):
         compare(scored(experiment("test", "train")), THEIRS, "mine")
-    with pytest.raises(UserError, match="text has scored none of the queries in theirs: run `make reproduce EXPERIM"):
+    with pytest.raises(UserError, match=r"text has scored none of the queries in theirs: run `make reproduce EXPERIM"):
         compare(layout, THEIRS, "text")
 
 
@@ -147,11 +147,11 @@ def written(name: str, content: object) -> Path:
 def test_files_of_all_queries_are_checked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     layout = scored(experiment("test", "train"))
-    with pytest.raises(UserError, match="influence_test.pkl is missing: name the published"):
+    with pytest.raises(UserError, match=r"influence_test.pkl is missing: name the published"):
         compare(layout, Path("influence_test.pkl"), "mine")
-    with pytest.raises(UserError, match="lacks the mapping 'random'"):
+    with pytest.raises(UserError, match=r"lacks the mapping 'random'"):
         compare(layout, written("test", {"influence": np.zeros((2, N))}), "mine")
-    with pytest.raises(UserError, match="has scores of 1 queries, the experiment has 2"):
+    with pytest.raises(UserError, match=r"has scores of 1 queries, the experiment has 2"):
         compare(layout, written("test", {"random": {"influence": np.zeros((1, N))}}), "mine")
     own = np.stack([scores_of("test-000"), scores_of("test-001"), np.zeros(N)])
     compared = compare(layout, written("test", {"random": {"influence": own}}), "mine")
@@ -172,5 +172,5 @@ def test_files_of_all_queries_are_checked(tmp_path, monkeypatch):
         {"rank_influence_subset": places * 0},
         {"rank_influence_subset": places[:, ::-1].copy()},
     ):
-        with pytest.raises(UserError, match="has no ranking for train-000 of some of the experiment's 300 images"):
+        with pytest.raises(UserError, match=r"has no ranking for train-000 of some of the experiment's 300 images"):
             compare(layout, written("train", {"random": content | wrong}), "mine")

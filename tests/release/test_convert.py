@@ -383,7 +383,7 @@ def test_factors_that_do_not_fit_are_a_sentence(fastgda, damage):
 
 
 def test_names_that_cannot_be_are_refused_before_any_work(abu):
-    with pytest.raises(UserError, match="'Not one' cannot name an experiment: give --name"):
+    with pytest.raises(UserError, match=r"'Not one' cannot name an experiment: give --name"):
         import_release(abu, GIVEN, "Not one")
     assert not GIVEN.exists()
     file, _ = import_release(abu, Path("My Data"))

@@ -86,7 +86,7 @@ def test_scans_with_noise_of_different_devices_are_not_compared(layout):
     write_arrays(layout.scan("unlearn", query), arrays | {"drawn_on": np.array(["cuda"])}, {})
     for other in ({"drawn_on": np.array(["cpu"])}, {}):
         write_arrays(layout.base_scan, arrays | other, {})
-        with pytest.raises(UserError, match="have noise that was drawn on different kinds of devices"):
+        with pytest.raises(UserError, match=r"have noise that was drawn on different kinds of devices"):
             attributor(layout, "unlearn").scores(query)
     write_arrays(layout.base_scan, arrays | {"drawn_on": np.array(["cuda"])}, {})
     assert attributor(layout, "unlearn").scores(query).tolist() == [0] * IMAGES
@@ -114,5 +114,5 @@ def test_images_with_different_numbers_of_captions_have_no_such_noise(layout):
     starts = np.concatenate([encoded.starts[:-1], [encoded.starts[-1] - 1]])
     from forgetrace.diffusion.model import load_scheduler
 
-    with pytest.raises(UserError, match="these have 4 to 5: choose per-image or shared"):
+    with pytest.raises(UserError, match=r"these have 4 to 5: choose per-image or shared"):
         scan_noise(layout, replace(encoded, starts=starts), load_scheduler(layout))

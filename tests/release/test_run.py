@@ -141,7 +141,7 @@ def test_fastgdas_factors_unlearn_and_its_scores_of_some_images_are_compared(fas
     assert np.isnan(row["largest_difference"])
     full = np.stack([np.zeros(IMAGES), -own])
     Path("influence_test.pkl").write_bytes(pickle.dumps({"random": {"influence": full, "rank": np.argsort(-full)}}))
-    with pytest.raises(UserError, match="unlearn has scored none of the queries in influence_test.pkl: run"):
+    with pytest.raises(UserError, match=r"unlearn has scored none of the queries in influence_test.pkl: run"):
         compare(layout, Path("influence_test.pkl"), "unlearn")
     Path(layout.score("unlearn", "test-001")).parent.mkdir(parents=True, exist_ok=True)
     Path(layout.score("unlearn", "test-001")).write_bytes(Path(layout.score("unlearn", query)).read_bytes())
@@ -155,26 +155,26 @@ def test_given_data_of_other_images_or_captions_are_refused(abu):
     manifest = Path("given/encoded/manifest.json")
     content = manifest.read_text()
     manifest.write_text(content.replace('"images": 83', '"images": 84'))
-    with pytest.raises(UserError, match="encode.given: given holds 84 images, the dataset has 83"):
+    with pytest.raises(UserError, match=r"encode.given: given holds 84 images, the dataset has 83"):
         check_data(layout)
-    with pytest.raises(UserError, match="holds 84 images with .* prepared were 83 with"):
+    with pytest.raises(UserError, match=r"holds 84 images with .* prepared were 83 with"):
         encode(layout)
     manifest.write_text(content)
     lines = Path(layout.metadata).read_text().splitlines(keepends=True)
     Path(layout.metadata).write_text("".join([lines[1], lines[0], *lines[2:]]))
-    with pytest.raises(UserError, match="as many images and captions, but in another order or with other words"):
+    with pytest.raises(UserError, match=r"as many images and captions, but in another order or with other words"):
         encode(layout)
     Path(layout.metadata).write_text("".join(lines))
     np.save("given/encoded/latents.npy", np.zeros((IMAGES, 4, 4, 4), dtype=np.float32))
-    with pytest.raises(UserError, match="latents.npy has 83 rows, not 166: delete it"):
+    with pytest.raises(UserError, match=r"latents.npy has 83 rows, not 166: delete it"):
         encode(layout)
     manifest.write_text("[]")
     with pytest.raises(
-        UserError, match="manifest.json is damaged; delete it and run `forgetrace import-release` again"
+        UserError, match=r"manifest.json is damaged; delete it and run `forgetrace import-release` again"
     ):
         check_data(layout)
     manifest.unlink()
-    with pytest.raises(UserError, match="encode.given: given/encoded/manifest.json is missing; name a folder that"):
+    with pytest.raises(UserError, match=r"encode.given: given/encoded/manifest.json is missing; name a folder that"):
         check_data(layout)
 
 
@@ -205,9 +205,9 @@ def test_what_is_given_must_be_there_and_fit(abu):
     layout = quick(abu)
     train_base(layout, CPU)
     more = replace(layout, config=changed(layout, synthesize={"queries": [{"given": "given", "count": 3}]}))
-    with pytest.raises(UserError, match="synthesize.queries: given has 2 queries 'sample', not 3"):
+    with pytest.raises(UserError, match=r"synthesize.queries: given has 2 queries 'sample', not 3"):
         check_data(more)
-    with pytest.raises(UserError, match="synthesize.queries: given has 2 queries 'sample'; lower its count"):
+    with pytest.raises(UserError, match=r"synthesize.queries: given has 2 queries 'sample'; lower its count"):
         synthesize(more, "sample-002", CPU)
     other = replace(
         layout, config=changed(layout, synthesize={"queries": [{"given": "given", "count": 1, "name": "x"}]})
@@ -215,14 +215,14 @@ def test_what_is_given_must_be_there_and_fit(abu):
     with pytest.raises(UserError, match=r"synthesize.queries \(x\): given/queries/x/latents.npy is missing"):
         check_data(other)
     ekfac = replace(layout, config=changed(layout, unlearn={"unlearn": {"curvature": "ekfac", "step_size": 1}}))
-    with pytest.raises(UserError, match="fit.given: given/fit/ekfac.safetensors is missing, the release has no curv"):
+    with pytest.raises(UserError, match=r"fit.given: given/fit/ekfac.safetensors is missing, the release has no curv"):
         check_data(ekfac)
-    with pytest.raises(UserError, match="fit.given: given/fit/ekfac.safetensors is missing"):
+    with pytest.raises(UserError, match=r"fit.given: given/fit/ekfac.safetensors is missing"):
         fit(ekfac, "ekfac", CPU)
     np.save("given/queries/sample/latents.npy", np.zeros((2, 4, 8, 8), dtype=np.float32))
     with pytest.raises(UserError, match=r"the latent of sample-000 in given has shape \(4, 8, 8\), those of the train"):
         synthesize(layout, "sample-000", CPU)
-    with pytest.raises(UserError, match="forgetrace plan times the encoders, none of which runs with encode.given"):
+    with pytest.raises(UserError, match=r"forgetrace plan times the encoders, none of which runs with encode.given"):
         plan(layout, 1, CPU)
 
 
