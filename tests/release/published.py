@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,7 @@ def captions_of(image: int) -> list[str]:
 
 def states_of(caption: str) -> np.ndarray:
     """Invented token states, a function of the caption alone."""
-    seed = int.from_bytes(caption.encode(), "little") % 2**32
-    return np.random.default_rng(seed).standard_normal((TOKENS, WIDTH), dtype=np.float32)
+    return np.random.default_rng(zlib.crc32(caption.encode())).standard_normal((TOKENS, WIDTH), dtype=np.float32)
 
 
 def unet() -> UNet2DConditionModel:

@@ -41,7 +41,10 @@ def test_everything_of_abu_is_converted(abu):
     np.testing.assert_array_equal(states[:-1], np.stack([states_of(caption) for caption in captions]).astype("float16"))
     assert np.isnan(states[-1]).all()
     own, theirs = UNet2DConditionModel.from_pretrained("given/unet").eval(), unet().eval()
-    assert own.config.items() >= {k: v for k, v in theirs.config.items() if not k.startswith("_")}.items()
+    kept, asked = (json.loads(model.to_json_string()) for model in (own, theirs))
+    assert {key: value for key, value in kept.items() if key[0] != "_"} == {
+        key: value for key, value in asked.items() if key[0] != "_"
+    }
     inputs = torch.randn(2, 4, 4, 4), torch.tensor([3, 700]), torch.randn(2, published.TOKENS, published.WIDTH)
     assert torch.equal(own(*inputs).sample, theirs(*inputs).sample)
     schedule = given_scheduler("given", "train.pretrained")
@@ -246,7 +249,7 @@ DAMAGES = {
     "truncated model": (lambda d: truncated(d / "model.bin"), r"model.bin cannot be read as tensors alone"),
     "a model that runs code": (
         lambda d: torch.save({"conv_in.weight": Malicious()}, d / "model.bin"),
-        r"model.bin cannot be read as tensors alone \(Unsupported .*mkdir",
+        r"model.bin cannot be read as tensors alone \(.*mkdir",
     ),
     "no dictionary": (lambda d: torch.save(torch.zeros(2), d / "model.bin"), r"model.bin holds no tensors by name"),
     "a model with more than tensors": (

@@ -16,6 +16,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from forgetrace.artifacts import UserError
 
 HEADS, TIMESTEPS = 8, 1000
+KEYS = "attn2.to_k.weight"  # of any cross-attention
 
 
 def load_saved(path: Path) -> dict[str, torch.Tensor]:
@@ -28,7 +29,7 @@ def load_saved(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # a damaged file makes torch raise nearly anything, a malicious one UnpicklingError
-        refused = re.search(r"Unsupported [^\n]*?(?= was not| by default|\n|$)", str(error))
+        refused = re.search(r"(?:Unsupported|Trying to) [^\n]*?(?= was not| by default|\n|$)", str(error))
         reason = refused[0] if refused else str(error).split("\n")[0][:200] or type(error).__name__
         raise UserError(f"{path} cannot be read as tensors alone ({reason}): {again}.") from None
     if not isinstance(content, Mapping) or not content:
@@ -73,7 +74,7 @@ def architecture(weights: Mapping[str, torch.Tensor], side: int) -> dict:
         attends = [f"{way}_blocks.{i}.attentions.0.norm.weight" in weights for i in range(levels)]
         return tuple(f"CrossAttn{way.title()}Block2D" if yes else f"{way.title()}Block2D" for yes in attends)
 
-    cross = next(weights[name] for name in sorted(weights) if name.endswith("attn2.to_k.weight"))
+    cross = next((name for name in sorted(weights) if name.endswith(KEYS)), KEYS)
     return {
         "sample_size": side,
         "in_channels": weights["conv_in.weight"].shape[1],
@@ -82,7 +83,7 @@ def architecture(weights: Mapping[str, torch.Tensor], side: int) -> dict:
         "block_out_channels": tuple(channels),
         "down_block_types": kinds("down"),
         "up_block_types": kinds("up"),
-        "cross_attention_dim": cross.shape[1],
+        "cross_attention_dim": weights[cross].shape[1],
         "attention_head_dim": HEADS,  # diffusers' name for the number of heads
     }
 

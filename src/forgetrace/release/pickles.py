@@ -31,6 +31,7 @@ class _Refused(Exception):
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         """What the pickle names, where that is harmless."""
+        module = "builtins" if module == "__builtin__" else module  # as protocols of Python 2 name it
         if (module, name) == ("_codecs", "encode"):  # how old protocols keep the bytes of arrays
             return _latin1
         if (module, name) not in REBUILT | CONTAINERS:
