@@ -336,8 +336,10 @@ def import_release(
 def compare_release(
     config: ConfigPath,
     influence: Annotated[
-        Path, typer.Option(help="A folder of influence_<i>.pkl, or influence_test.pkl or influence_train.pkl.")
-    ],
+        Path | None,
+        typer.Option(help="A folder of influence_<i>.pkl, or influence_test.pkl or influence_train.pkl."),
+    ] = None,
+    losses: Annotated[Path | None, typer.Option(help="AbU's pretrain_loss.npy, to compare θ0's scan with.")] = None,
     method: Annotated[
         str | None, typer.Option(help="A method of the section score; by default the first that unlearns.")
     ] = None,
@@ -345,9 +347,15 @@ def compare_release(
 ) -> None:
     """Compare scores with published ones of the same queries: rank correlation, overlap of the top images."""
     layout = _experiment(config)
+    if not (influence or losses):
+        raise UserError("Give --influence, published scores, or --losses, published losses of the model, or both.")
     from forgetrace.artifacts import write_table
-    from forgetrace.release.compare import compare, unlearning_method
+    from forgetrace.release.compare import compare, compare_losses, unlearning_method
 
+    if losses:
+        typer.echo("; ".join(f"{what} {value:.6g}" for what, value in compare_losses(layout, losses).items()))
+    if not influence:
+        return
     compared = compare(layout, influence, method or unlearning_method(layout))
     if table:
         write_table(table, compared)

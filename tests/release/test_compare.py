@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import spearmanr
+from typer.testing import CliRunner
 
-from forgetrace.artifacts import UserError, write_table
+from forgetrace.artifacts import UserError, write_arrays, write_table
 from forgetrace.attribution.ranking import rank
+from forgetrace.cli import app
 from forgetrace.config import parse_config
 from forgetrace.layout import Layout
-from forgetrace.release.compare import compare, unlearning_method
+from forgetrace.release.compare import compare, compare_losses, unlearning_method
 from forgetrace.release.pickles import read_pickle
 
 from .published import write_influence
@@ -151,10 +153,14 @@ def test_files_of_all_queries_are_checked(tmp_path, monkeypatch):
         compare(layout, Path("influence_test.pkl"), "mine")
     with pytest.raises(UserError, match=r"lacks the mapping 'random'"):
         compare(layout, written("test", {"influence": np.zeros((2, N))}), "mine")
+    few = {"influence": np.zeros((1, N)), "rank": np.arange(N)[None]}
     with pytest.raises(UserError, match=r"has scores of 1 queries, the experiment has 2"):
-        compare(layout, written("test", {"random": {"influence": np.zeros((1, N))}}), "mine")
+        compare(layout, written("test", {"random": few}), "mine")
     own = np.stack([scores_of("test-000"), scores_of("test-001"), np.zeros(N)])
-    compared = compare(layout, written("test", {"random": {"influence": own}}), "mine")
+    full = {"influence": own, "rank": np.argsort(-own, axis=1)}
+    with pytest.raises(UserError, match=r"has no ranking for test-000 that has each image once, the most influential"):
+        compare(layout, written("test", {"random": full | {"rank": np.argsort(own, axis=1)}}), "mine")
+    compared = compare(layout, written("test", {"random": full}), "mine")
     assert compared["spearman"].tolist() == pytest.approx([1, 1])
     assert compared["largest_difference"].tolist() == [0, 0]
     images = np.stack([np.arange(100), np.arange(100) + 150])
@@ -172,5 +178,28 @@ def test_files_of_all_queries_are_checked(tmp_path, monkeypatch):
         {"rank_influence_subset": places * 0},
         {"rank_influence_subset": places[:, ::-1].copy()},
     ):
-        with pytest.raises(UserError, match=r"has no ranking for train-000 of some of the experiment's 300 images"):
+        with pytest.raises(
+            UserError, match=r"has no ranking for train-000 that|ranks image 399 for train-000, the exp"
+        ):
             compare(layout, written("train", {"random": content | wrong}), "mine")
+
+
+def test_losses_of_the_model_are_compared(layout):
+    random = np.random.default_rng(0)
+    losses = random.random((2 * N, 4), dtype=np.float32)
+    write_arrays(layout.base_scan, {"losses": losses, "timesteps": np.arange(4)}, {})
+    theirs = losses.mean(axis=1) - random.random(2 * N)
+    np.save("pretrain_loss.npy", theirs)
+    found = compare_losses(layout, Path("pretrain_loss.npy"))
+    assert found["latents"] == 2 * N
+    assert found["spearman"] == pytest.approx(spearmanr(losses.mean(axis=1), theirs).statistic, abs=1e-6)
+    assert found["mean_difference"] == pytest.approx((losses.mean(axis=1) - theirs).mean(), rel=1e-5)
+    assert found["largest_difference"] == pytest.approx(np.abs(losses.mean(axis=1) - theirs).max(), rel=1e-5)
+    for wrong in (theirs[:N], theirs * np.nan, np.arange(2 * N)):
+        np.save("pretrain_loss.npy", wrong)
+        with pytest.raises(UserError, match=r"pretrain_loss.npy has .*, expected finite losses of shape \(600,\)"):
+            compare_losses(layout, Path("pretrain_loss.npy"))
+    Path("config").mkdir()
+    Path("config/c.yaml").write_text("score: {methods: {random: {}}}")
+    done = CliRunner().invoke(app, ["compare-release", "--config", "config/c.yaml"])
+    assert "Give --influence" in str(done.exception)

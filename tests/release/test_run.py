@@ -140,7 +140,8 @@ def test_fastgdas_factors_unlearn_and_its_scores_of_some_images_are_compared(fas
     assert row["spearman"] == pytest.approx(1)
     assert np.isnan(row["largest_difference"])
     full = np.stack([np.zeros(IMAGES), -own])
-    Path("influence_test.pkl").write_bytes(pickle.dumps({"random": {"influence": full, "rank": np.argsort(-full)}}))
+    ranked = {"influence": full, "rank": np.argsort(-full, axis=1)}
+    Path("influence_test.pkl").write_bytes(pickle.dumps({"random": ranked}))
     with pytest.raises(UserError, match=r"unlearn has scored none of the queries in influence_test.pkl: run"):
         compare(layout, Path("influence_test.pkl"), "unlearn")
     Path(layout.score("unlearn", "test-001")).parent.mkdir(parents=True, exist_ok=True)

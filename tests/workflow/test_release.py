@@ -29,6 +29,11 @@ def test_an_imported_release_can_be_planned(checkout):
         assert "given/fit/fisher.safetensors" in jobs["fit"]
         assert "given/unet/config.json" in jobs["train"]
         assert "given/queries/sample/images/00" in jobs["synthesize"]
+        # Links to what is given count as made when the job made them.
+        run("snakemake", "--cores", "1", "--quiet", "all", "--configfile", "config/given.yaml", "all_encode")
+        assert run.planned("--configfile", "config/given.yaml", "all_encode") == {}
+        (folder / "given/encoded/latents.npy").touch()
+        assert run.planned("--configfile", "config/given.yaml", "all_encode") == {"encode": 1}
         (folder / "given/fit/fisher.safetensors").unlink()
         refused = run("snakemake", "-n", "--configfile", "config/given.yaml", check=False)
         assert refused.returncode != 0

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from forgetrace.artifacts import UserError, read_table
+from forgetrace.artifacts import UserError, read_array, read_arrays, read_table
 from forgetrace.attribution.ranking import read_ranking
 from forgetrace.config import GivenQueries
 from forgetrace.layout import Layout
@@ -80,6 +80,30 @@ def compare(layout: Layout, influence: Path, method: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def compare_losses(layout: Layout, path: Path) -> dict[str, float]:
+    """θ0's losses beside AbU's ``pretrain_loss.npy``, which no unseeded gradient stands between.
+
+    Args:
+        layout: an experiment whose θ0 was scanned.
+        path: array (2N,), the mean over captions and timesteps.
+
+    Returns:
+        The number of ``latents``, ``spearman``, ``mean_difference`` (ours less theirs) and ``largest_difference``.
+
+    Raises:
+        UserError: a file is missing or damaged, or of other images.
+    """
+    own, theirs = read_arrays(layout.base_scan)["losses"].mean(axis=1, dtype=float), read_array(path)
+    if theirs.shape != own.shape or theirs.dtype.kind != "f" or not np.isfinite(theirs).all():
+        raise UserError(
+            f"{path} has {theirs.dtype} of shape {theirs.shape}, expected finite losses of shape {own.shape}: take the "
+            "losses of the release that was imported."
+        )
+    difference = own - theirs
+    found = {"latents": len(own), "spearman": float(spearmanr(own, theirs).statistic)}
+    return found | {"mean_difference": difference.mean(), "largest_difference": np.abs(difference).max()}
+
+
 def _row(published: Published, own: np.ndarray) -> dict:
     theirs = published.scores
     found = {"images": len(own), "spearman": spearmanr(own, theirs).statistic}
@@ -109,9 +133,10 @@ def _published(layout: Layout, influence: Path, images: int) -> Iterator[Publish
         yield from _of_subsets(influence, content, names, images)
         return
     scores = array_of(influence, content, "influence", (None, images))
+    orders = array_of(influence, content, "rank", scores.shape)
     _check_count(influence, len(scores), count)
-    for query, own in zip(names, scores, strict=False):
-        yield Published(query, np.arange(images), own.astype(float), True)
+    for query, own, order in zip(names, scores, orders, strict=False):
+        yield _full(influence, query, own, order)
 
 
 def _of_folder(layout: Layout, folder: Path, images: int) -> Iterator[Published]:
@@ -124,8 +149,34 @@ def _of_folder(layout: Layout, folder: Path, images: int) -> Iterator[Published]
         raise UserError(f"--influence {folder}: there is no influence_<i>.pkl; name the folder that holds them.")
     for number, path in sorted(numbers.items()):
         if number < len(names):
-            scores = array_of(path, read_pickle(path), "influence", (images,))
-            yield Published(names[number], np.arange(images), scores.astype(float), True)
+            content = read_pickle(path)
+            yield _full(
+                path, names[number], *(array_of(path, content, key, (images,)) for key in ("influence", "rank"))
+            )
+
+
+def _full(path: Path, query: str, scores: np.ndarray, order: np.ndarray) -> Published:
+    """Scores of all images, of which ``rank`` must be the order."""
+    _check_order(path, query, order, scores, np.arange(len(scores)))
+    return Published(query, np.arange(len(scores)), scores.astype(float), True)
+
+
+def _check_order(path: Path, query: str, order: np.ndarray, scores: np.ndarray, images: np.ndarray) -> None:
+    """Refuse an order that does not have each of the images once, or not by falling score.
+
+    Args:
+        path: the file.
+        query: of which query.
+        order: places in ``scores``, most influential first, (n,).
+        scores: (n,).
+        images: the training images that are ranked, (n,).
+    """
+    whole = np.array_equal(np.sort(order), np.arange(len(scores))) and len(np.unique(images)) == len(images)
+    if not whole or (np.diff(scores[order.astype(np.int64)]) > 0).any():
+        raise UserError(
+            f"{path} has no ranking for {query} that has each image once, the most influential first: take the scores "
+            "of the release that was imported."
+        )
 
 
 def _of_subsets(path: Path, content: dict, names: list[str], images: int) -> Iterator[Published]:
@@ -138,12 +189,11 @@ def _of_subsets(path: Path, content: dict, names: list[str], images: int) -> Ite
     places, ranked = (array_of(path, content, key, scores.shape) for key in (SUBSETS[1], "rank"))
     _check_count(path, len(scores), len(names))
     for query, own, place, order in zip(names, scores, places, ranked, strict=False):
-        whole = sorted(place.tolist()) == list(range(len(own))) and len(np.unique(order)) == len(order)
-        known = whole and order.min() >= 0 and order.max() < images
-        if not known or (np.diff(own[place.astype(np.int64)]) > 0).any():
+        _check_order(path, query, place, own, order)
+        if order.min() < 0 or order.max() >= images:
             raise UserError(
-                f"{path} has no ranking for {query} of some of the experiment's {images} images, most influential "
-                "first: take the scores of the release that was imported."
+                f"{path} ranks image {order.max()} for {query}, the experiment has {images}: take the scores of the "
+                "release that was imported."
             )
         yield Published(query, order.astype(np.int64), own[place.astype(np.int64)].astype(float), False)
 
