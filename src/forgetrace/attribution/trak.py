@@ -121,8 +121,8 @@ class JourneyTrak(Trak):
             raise UserError(f"score.methods.{method}.timestep must be below train.timesteps ({length}).")
         if own:
             raise UserError(
-                f"score.methods.{method}: the query '{own[0]}' is an image that was given, whose sampling nobody "
-                "knows; remove the method or such queries."
+                f"score.methods.{method}: the query '{own[0]}' is an image file, yours or published, whose sampling "
+                "nobody knows; remove the method or such queries."
             )
 
     def inputs(self, query: str) -> list[str]:

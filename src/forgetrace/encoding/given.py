@@ -181,6 +181,9 @@ def _with_empty(states: np.ndarray, empty: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _link(path: str, target: str) -> None:
-    """A symbolic link: token states of COCO have 90 GB, and a hard link would be older than what it is made from."""
+    """A symbolic link: token states of COCO have 90 GB.
+
+    Snakemake dates a link by itself and by its target, whichever is younger: of other contents the manifest tells it.
+    """
     with atomic(target) as temporary:
         temporary.symlink_to(Path(path).resolve())
