@@ -19,7 +19,7 @@ from forgetrace.encoding.given import distinct, encoded_files, fitted_file, quer
 from forgetrace.release import convert
 from forgetrace.release.convert import import_release
 
-from . import published
+from . import published as made
 from .published import CAPTIONS, IMAGES, QUERIES, captions_of, ekfac, fisher, states_of, unet
 
 GIVEN = Path("given")
@@ -45,7 +45,7 @@ def test_everything_of_abu_is_converted(abu):
     assert {key: value for key, value in kept.items() if key[0] != "_"} == {
         key: value for key, value in asked.items() if key[0] != "_"
     }
-    inputs = torch.randn(2, 4, 4, 4), torch.tensor([3, 700]), torch.randn(2, published.TOKENS, published.WIDTH)
+    inputs = torch.randn(2, 4, 4, 4), torch.tensor([3, 700]), torch.randn(2, made.TOKENS, made.WIDTH)
     assert torch.equal(own(*inputs).sample, theirs(*inputs).sample)
     schedule = given_scheduler("given", "train.pretrained")
     assert (schedule.config.prediction_type, schedule.config.num_train_timesteps) == ("epsilon", 1000)
@@ -72,14 +72,14 @@ def test_the_config_runs_the_published_setting(abu):
         "unlearn": Variant(curvature="diagonal", weights="cross-attn-kv", step_size=0.01, damping=0, draws=50000)
     }
     assert (config.scan.timesteps, config.scan.noise, config.score.methods["unlearn"].flips) == (20, "release", "max")
-    assert (config.prepare.path, config.prepare.size, config.encode.flips) == ("mscoco", published.SIZE, True)
+    assert (config.prepare.path, config.prepare.size, config.encode.flips) == ("mscoco", made.SIZE, True)
     assert config.encode.given == config.fit.given == config.train.pretrained == "given"
     assert not config.train.trains
 
 
 def test_generated_samples_are_queries_too_and_half_precision_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = published.write_abu(Path("mscoco"), "float16")
+    folder = made.write_abu(Path("mscoco"), "float16")
     for old, new in (("latents", "latents"), ("text_embeddings", "text_embeddings")):
         (folder / f"coco17_sample_{old}.npy").rename(folder / f"{new}.npy")
     (folder / "sample").rename(folder / "images")
@@ -132,8 +132,10 @@ def test_an_interrupted_conversion_goes_on_where_it_was(abu, monkeypatch):
     assert not any("captions" in path or "partial" in path for path in before)
     assert not Path("config/given.yaml").exists()
     monkeypatch.setattr(convert, "_states", whole)
+    Path("given/encoded/.captions.npy.123.partial").write_text("what a killed import may leave")
     import_release(abu, GIVEN)
     after = files_of(GIVEN)
+    assert not any("partial" in path for path in after)
     record = {"given/import.json"}
     assert {path: after[path] for path in before.keys() - record} == {
         path: before[path] for path in before.keys() - record
@@ -304,11 +306,11 @@ DAMAGES = {
     "a missing query image": (lambda d: (d / "sample/1.png").unlink(), r"sample/1.png is missing"),
     "a damaged query image": (lambda d: truncated(d / "sample/1.png"), r"sample/1.png is no image that can be read"),
     "an oblong query image": (
-        lambda d: published.picture(0, 8, 9).save(d / "sample/1.png"),
+        lambda d: made.picture(0, 8, 9).save(d / "sample/1.png"),
         r"sample/1.png has \(9, 8\) pixels, expected a square",
     ),
     "a query image of another size": (
-        lambda d: published.picture(0, 8, 8).save(d / "sample/1.png"),
+        lambda d: made.picture(0, 8, 8).save(d / "sample/1.png"),
         r"has other sides than .*, expected squares of one size",
     ),
     "missing files": (
@@ -383,6 +385,14 @@ def test_factors_that_do_not_fit_are_a_sentence(fastgda, damage):
     save_file(tensors, file)
     with pytest.raises(UserError, match=sentence):
         import_release(fastgda, GIVEN)
+
+
+def test_a_folder_holds_one_release(abu, published):
+    import_release(abu, GIVEN)
+    with pytest.raises(
+        UserError, match=r"given holds AttributeByUnlearning's release: choose another folder with"
+    ):
+        import_release(published["fastgda"], GIVEN)
 
 
 def test_names_that_cannot_be_are_refused_before_any_work(abu):

@@ -52,7 +52,7 @@ def import_release(source: Path, folder: Path, name: str | None = None) -> tuple
     name = experiment_name(name, folder)
     release = recognise(source)
     contents = check(release)
-    once = _Once(folder, source)
+    once = _Once(folder, source, release.kind)
     files = encoded_files(folder.as_posix())
     _convert_model(once, release, contents)
     words = [release.annotations]
@@ -77,14 +77,22 @@ def import_release(source: Path, folder: Path, name: str | None = None) -> tuple
 class _Once:
     """Makes files that are not there yet, or not of these sources."""
 
-    def __init__(self, folder: Path, source: Path):
-        """Args: folder, of the files; source, of what they are made of."""
+    def __init__(self, folder: Path, source: Path, kind: str):
+        """Args: folder, of the files; source, of what they are made of; kind, of the release.
+
+        Raises:
+            UserError: the folder holds another kind's.
+        """
         self.folder, self.source, self.path = folder, source, folder / "import.json"
-        self.made: dict = {}
+        self.made: dict = {"release": kind}
         try:
-            self.made = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            self.made |= json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
             pass  # nothing made yet, or nobody knows of what
+        if self.made["release"] != kind:
+            raise UserError(
+                f"{folder} holds {self.made['release']}'s release: choose another folder with --to for that of {kind}."
+            )
 
     def __call__(self, outputs: list[str], sources: list[Path], make: Callable[[], None]) -> None:
         """Let ``make`` write the outputs, unless all are there and of the sources as they are now."""
@@ -94,6 +102,8 @@ class _Once:
         key = Path(outputs[-1]).relative_to(self.folder).as_posix()
         if self.made.get(key) == stamp and all(Path(output).is_file() for output in outputs):
             return
+        for stale in (stale for path in map(Path, outputs) for stale in path.parent.glob(f".{path.name}.*.partial")):
+            stale.unlink()  # of a killed import, as large as what it was to become
         make()
         self.made[key] = stamp
         write_json(self.path, self.made)
