@@ -389,9 +389,7 @@ def test_factors_that_do_not_fit_are_a_sentence(fastgda, damage):
 
 def test_a_folder_holds_one_release(abu, published):
     import_release(abu, GIVEN)
-    with pytest.raises(
-        UserError, match=r"given holds AttributeByUnlearning's release: choose another folder with"
-    ):
+    with pytest.raises(UserError, match=r"given holds AttributeByUnlearning's release: choose another folder with"):
         import_release(published["fastgda"], GIVEN)
 
 
