@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 AT_ONCE = 2**10  # captions in memory
 IMPORT = "forgetrace import-release"
 EMPTY = ""
+FITTED = {"diagonal": "fisher", "ekfac": "ekfac"}  # names of files, by curvature
 
 
 def encoded_files(folder: str) -> dict[str, str]:
-    """Files of the encoded images: ``latents`` (2N, C, H, W), float32, unflipped before flipped; ``captions``
-    (distinct captions + 1, tokens, width), float16, in the order of :func:`distinct` and then a row of NaN for the
-    empty caption; and the ``manifest``.
-    """  # noqa: D205
+    """Files of the encoded images: the arrays ``latents`` and ``captions``, and a ``manifest``.
+
+    Latents are (2N, C, H, W), float32, unflipped before flipped; token states (distinct captions + 1, tokens, width),
+    float16, in the order of :func:`distinct`, and then a row of NaN for the empty caption.
+    """
     return {
         "latents": f"{folder}/encoded/latents.npy",
         "captions": f"{folder}/encoded/captions.npy",
@@ -54,7 +56,7 @@ def query_image(folder: str, name: str, number: int) -> str:
 
 def fitted_file(folder: str, curvature: str) -> str:
     """The file of a curvature, ``diagonal`` or ``ekfac``, in the format of the ``fit`` stage."""
-    return f"{folder}/fit/{ {'diagonal': 'fisher', 'ekfac': 'ekfac'}[curvature] }.safetensors"
+    return f"{folder}/fit/{FITTED[curvature]}.safetensors"
 
 
 def distinct(texts: list[list[str]]) -> list[str]:

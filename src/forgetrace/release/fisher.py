@@ -11,6 +11,7 @@ from forgetrace.release.source import EKFAC, Release
 from forgetrace.unlearning.subsets import select
 
 NEEDED = "cross-attn-kv"  # the weights both projects unlearn
+AGAIN = "take both from one release, or download it again"
 PASSES = 5  # of AbU's Fisher information over all latents, one draw each
 
 
@@ -40,9 +41,9 @@ def read_diagonal(path: Path, weights: Mapping[str, torch.Size]) -> dict[str, to
     for name, value in fisher.items():
         if weights.get(name) != value.shape:
             expected = "no such weight" if name not in weights else f"shape {tuple(weights[name])}"
-            raise UserError(f"{path} holds {name} of shape {tuple(value.shape)}, the model has {expected}: {_AGAIN}.")
+            raise UserError(f"{path} holds {name} of shape {tuple(value.shape)}, the model has {expected}: {AGAIN}.")
         if not value.is_floating_point() or not bool((value >= 0).all()) or bool(value.isinf().any()):
-            raise UserError(f"{path} holds entries of {name} that are no mean squares, such as NaN: {_AGAIN}.")
+            raise UserError(f"{path} holds entries of {name} that are no mean squares, such as NaN: {AGAIN}.")
     _require(path, [name for name in select(weights, NEEDED) if name not in fisher])
     return {name: value.double() for name, value in fisher.items()}
 
@@ -61,7 +62,7 @@ def read_ekfac(paths: list[Path], weights: Mapping[str, torch.Size]) -> tuple[di
     for layer, total in lambdas.items():
         weight = weights.get(f"{layer}.weight")
         if weight is None:
-            raise UserError(f"{file['lambda_matrix']} holds {layer}, which is no layer of the model: {_AGAIN}.")
+            raise UserError(f"{file['lambda_matrix']} holds {layer}, which is no layer of the model: {AGAIN}.")
         if len(weight) != 2:
             continue
         rows, columns = weight[0], weight[1] + (f"{layer}.bias" in weights)
@@ -72,15 +73,15 @@ def read_ekfac(paths: list[Path], weights: Mapping[str, torch.Size]) -> tuple[di
             ("num_lambda_processed", counts, None),
         ):
             if layer not in tensors:
-                raise UserError(f"{file[part]} lacks {layer}, which lambda_matrix has: {_AGAIN}.")
+                raise UserError(f"{file[part]} lacks {layer}, which lambda_matrix has: {AGAIN}.")
             if shape and tuple(tensors[layer].shape) != shape:
                 found = tuple(tensors[layer].shape)
-                raise UserError(f"{file[part]} holds {layer} of shape {found}, expected {shape}: {_AGAIN}.")
+                raise UserError(f"{file[part]} holds {layer} of shape {found}, expected {shape}: {AGAIN}.")
             if not bool(tensors[layer].isfinite().all()):
-                raise UserError(f"{file[part]} holds NaN or infinity for {layer}: {_AGAIN}.")
+                raise UserError(f"{file[part]} holds NaN or infinity for {layer}: {AGAIN}.")
         count = int(counts[layer].flatten()[0])
         if count < 1:
-            raise UserError(f"{file['num_lambda_processed']} counts {count} examples of {layer}: {_AGAIN}.")
+            raise UserError(f"{file['num_lambda_processed']} counts {count} examples of {layer}: {AGAIN}.")
         draws.append(count)
         factors[f"{layer}.Q_A"], factors[f"{layer}.Q_G"] = activations[layer].float(), gradients[layer].float()
         factors[f"{layer}.Lambda"] = total.double() / count
@@ -89,12 +90,9 @@ def read_ekfac(paths: list[Path], weights: Mapping[str, torch.Size]) -> tuple[di
     return factors, min(draws)
 
 
-_AGAIN = "take both from one release, or download it again"
-
-
 def _require(path: Path, missing: list[str]) -> None:
     if missing:
         raise UserError(
             f"{path} lacks {len(missing)} of the weights {NEEDED} that are to be unlearned, such as {missing[0]}: "
-            f"{_AGAIN}."
+            f"{AGAIN}."
         )
