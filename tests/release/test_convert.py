@@ -287,7 +287,7 @@ DAMAGES = {
         r"fisher_info.pt holds entries of conv_out.bias that are no mean squares",
     ),
     "a Fisher information that runs code": (
-        lambda d: (d / "fisher_info.pt").write_bytes(pickle.dumps(Malicious())),
+        lambda d: (d / "fisher_info.pt").write_bytes(pickle.dumps(Malicious(), 2)),
         r"fisher_info.pt cannot be read as tensors alone",
     ),
     "no query": (lambda d: edited(d / SAMPLE, lambda a: a[:0]), rf"{SAMPLE} has no query"),
