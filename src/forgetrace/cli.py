@@ -66,7 +66,7 @@ def encode(config: ConfigPath, device: Device = "auto") -> None:
     layout = _experiment(config)
     from forgetrace.encoding.encode import encode
 
-    if not layout.config.encode.pipeline:  # the built-in encoders are the CPU's
+    if not layout.config.encode.pipeline:  # the built-in encoders are the CPU's, and none runs for what is given
         encode(layout)
         return
     from forgetrace.diffusion.device import pick_device
@@ -89,7 +89,7 @@ def train(config: ConfigPath, device: Device = "auto") -> None:
 
 @app.command()
 def synthesize(config: ConfigPath, query: QueryName, threads: Threads = None, device: Device = "auto") -> None:
-    """Generate one query, or read it from the user's image file."""
+    """Generate one query, or read it from the user's image file or a release."""
     layout = _experiment(config, query)
     _use(threads)
     from forgetrace.diffusion.synthesis import synthesize
@@ -317,6 +317,51 @@ def init(
 
     file, summary = init(name, data.as_posix(), device)
     typer.echo(f"{file}: {summary}\nNext: forgetrace plan --config {file}; make reproduce EXPERIMENT={name}")
+
+
+@app.command("import-release")
+def import_release(
+    source: Annotated[Path, typer.Argument(help="AttributeByUnlearning's data/mscoco or FastGDA's data/coco.")],
+    to: Annotated[Path, typer.Option(help="Folder to convert to: about half of the source's size, for COCO 100 GB.")],
+    name: Annotated[str | None, typer.Option(help="The experiment; by default named after the folder.")] = None,
+) -> None:
+    """Convert published artifacts and write a config that runs their setting; run again, it goes on where it was."""
+    from forgetrace.release.convert import import_release
+
+    file, found = import_release(source, to, name)
+    typer.echo(f"{found}\nNext: make reproduce EXPERIMENT={file.stem}; forgetrace compare-release --config {file} ...")
+
+
+@app.command("compare-release")
+def compare_release(
+    config: ConfigPath,
+    influence: Annotated[
+        Path | None,
+        typer.Option(help="A folder of influence_<i>.pkl, or influence_test.pkl or influence_train.pkl."),
+    ] = None,
+    losses: Annotated[Path | None, typer.Option(help="AbU's pretrain_loss.npy, to compare θ0's scan with.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="A method of the section score; by default the first that unlearns.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Also write every query's comparison, as .csv.")] = None,
+) -> None:
+    """Compare scores with published ones of the same queries: rank correlation, overlap of the top images."""
+    layout = _experiment(config)
+    if not (influence or losses):
+        raise UserError("Give --influence, published scores, or --losses, published losses of the model, or both.")
+    from forgetrace.artifacts import write_table
+    from forgetrace.release.compare import compare, compare_losses, unlearning_method
+
+    if losses:
+        typer.echo("; ".join(f"{what} {value:.6g}" for what, value in compare_losses(layout, losses).items()))
+    if not influence:
+        return
+    compared = compare(layout, influence, method or unlearning_method(layout))
+    if table:
+        write_table(table, compared)
+    typer.echo(compared.to_string(index=False, float_format="%.4g"))
+    typer.echo(f"mean of {len(compared)} queries:")
+    typer.echo(compared.mean(numeric_only=True).to_string(float_format="%.4g"))
 
 
 @app.command()

@@ -140,6 +140,28 @@ class Encode(Section):
         exclude_if=lambda value: value == "float32",
     )
 
+    given: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder that `forgetrace import-release` wrote: its latents and token states are taken, no encoder "
+        "runs. A pipeline then gives the empty caption's state, and lets own images be queries.",
+        exclude_if=_unused,
+    )
+
+    @model_validator(mode="after")
+    def _given(self):
+        if not self.given:
+            return self
+        fixed = {"factor", "tokens", "max_images", "caption_dtype"}
+        fixed |= set() if self.pipeline else {"image_encoder", "text_encoder"}
+        if useless := sorted(fixed & self.model_fields_set):
+            raise ValueError(f"{useless[0]} has no effect with given: remove it")
+        if self.pipeline and (self.image_encoder, self.text_encoder) != ("autoencoder-kl", "clip"):
+            raise ValueError("given with a pipeline needs image_encoder autoencoder-kl and text_encoder clip")
+        if not self.flips:
+            raise ValueError("given holds mirror images too: set flips: true")
+        return self
+
     @model_validator(mode="after")
     def _has_its_weights(self):
         if bool(self.pipeline) != (self.image_encoder == "autoencoder-kl" or self.text_encoder == "clip"):
@@ -253,6 +275,22 @@ class PoolQueries(Section):
     pool: Literal["tuning", "report"] = Field(description="Held-out caption pool the prompts come from.")
     count: Positive = Field(description="How many of its captions to use; names are <pool>-00, <pool>-01, …")
 
+    def names(self) -> list[str]:
+        """Names of the queries."""
+        return [f"{self.pool}-{i:02d}" for i in range(self.count)]
+
+
+class GivenQueries(Section):
+    """Published queries (no ΔG, for want of their initial noise)."""
+
+    given: str = Field(min_length=1, description="Folder that `forgetrace import-release` wrote.")
+    count: Positive = Field(description="How many of its queries to use; names are <name>-000, <name>-001, …")
+    name: Name = Field("sample", description="Which of the sets of queries there, queries/<name>.")
+
+    def names(self) -> list[str]:
+        """Names of the queries."""
+        return [f"{self.name}-{i:03d}" for i in range(self.count)]
+
 
 class ImageQuery(Section):
     """One query: an image file of the user's (no ΔG, for want of its initial noise)."""
@@ -261,12 +299,18 @@ class ImageQuery(Section):
     image: str = Field(description="Image file, resized to the dataset's size; of own data, cropped as they are.")
     prompt: str = Field(description="The prompt it was generated from.")
 
+    def names(self) -> list[str]:
+        """Its one name."""
+        return [self.name]
+
 
 class Synthesize(Section):
     """Generate the images whose influence is asked for."""
 
-    queries: list[PoolQueries | ImageQuery] = Field(
-        [PoolQueries(pool="report", count=4)], description="Pools to draw from, or image files.", min_length=1
+    queries: list[PoolQueries | GivenQueries | ImageQuery] = Field(
+        [PoolQueries(pool="report", count=4)],
+        description="Pools to draw from, published queries, or image files.",
+        min_length=1,
     )
     sampler_steps: Positive = Field(25, description="DDIM steps.")
     guidance: float = Field(1.0, ge=0, description="Classifier-free guidance scale; 1 is none.")
@@ -277,6 +321,18 @@ class Fit(Section):
 
     draws: Positive = Field(10000, description="Draws of (image, caption, t, ε), one per-example gradient each.")
     chunk: Positive = Field(128, description="Draws that share a pass through the model.")
+    given: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder that `forgetrace import-release` wrote: its Fisher information is taken, not estimated.",
+        exclude_if=_unused,
+    )
+
+    @model_validator(mode="after")
+    def _given(self):
+        if self.given and (useless := sorted({"draws", "chunk"} & self.model_fields_set)):
+            raise ValueError(f"{useless[0]} has no effect with given: remove it")
+        return self
 
 
 class Variant(Section):
@@ -359,8 +415,10 @@ class Scan(Section):
         "all have the same.",
         exclude_if=_unused,
     )
-    noise: Literal["shared", "per-image"] = Field(
-        "shared", description="One noise per timestep for all images, or one per image and timestep."
+    noise: Literal["shared", "per-image", "release"] = Field(
+        "shared",
+        description="One noise per timestep for all images, one per image and timestep, or that of AbU's published "
+        "scores, one per image, caption and timestep (docs/published-artifacts.md).",
     )
     batch_size: Positive = Field(250, description="UNet evaluations at once; does not change the result.")
     shards: Positive = Field(
@@ -374,6 +432,8 @@ class Scan(Section):
     def _one_of(self):
         if self.narrowing and "timesteps" in self.model_fields_set:
             raise ValueError("timesteps has no effect with narrowing: remove it")
+        if self.narrowing and self.noise == "release":
+            raise ValueError("noise release is that of evenly spaced timesteps: not with narrowing, remove one")
         if self.narrowing and self.shards > 1:
             raise ValueError(
                 "shards cannot split a narrowed scan, whose every round looks at all images: remove shards or narrowing"
@@ -561,6 +621,7 @@ class Config(Section):
         if narrowing and (missing := [k for k in self.retrain.k if k not in narrowing.tops]):
             raise ValueError(f"scan.narrowing.tops: {missing[0]} of retrain.k is not among them")
         names = self.queries()
+        self._check_given()
         if self.evaluate.others and not (self.unlearn and self.forgotten_queries()):
             raise ValueError("evaluate.others: there is no unlearning variant, or no generated query, to look at")
         if (self.retrain.queries or 0) > len(names):
@@ -583,36 +644,61 @@ class Config(Section):
                 )
         return self
 
+    def _check_given(self) -> None:
+        """Refuse what published latents and token states cannot serve."""
+        if not self.encode.given:
+            return
+        if self.prepare.tuning_captions or self.prepare.report_captions:
+            raise ValueError(
+                "encode.given: all images are in it, none can be held out; set prepare.tuning_captions and "
+                "prepare.report_captions to 0"
+            )
+        if self.encode.pipeline:
+            return
+        own = next((entry.name for entry in self.synthesize.queries if isinstance(entry, ImageQuery)), None)
+        empty = "the state of the empty caption is not in encode.given"
+        for refused, what in (
+            (own, f"synthesize.queries: the image '{own}' cannot be encoded with encode.given alone"),
+            (self.synthesize.guidance != 1, f"synthesize.guidance: {empty}; leave guidance at 1"),
+            (self.evaluate.others, f"evaluate.others: nothing can be generated, {empty}"),
+            (self.train.trains and self.train.caption_dropout, f"train.caption_dropout: {empty}; set it to 0"),
+        ):
+            if refused:
+                raise ValueError(f"{what}, or name the Stable Diffusion pipeline it was made with in encode.pipeline")
+
     def queries(self) -> list[str]:
         """Names of all queries, in the order of the config."""
-        names = []
-        for entry in self.synthesize.queries:
-            if isinstance(entry, PoolQueries):
-                names += [f"{entry.pool}-{i:02d}" for i in range(entry.count)]
-            else:
-                names.append(entry.name)
-        return names
+        return [name for entry in self.synthesize.queries for name in entry.names()]
 
     def judged_queries(self) -> list[str]:
         """Names of the queries with leave-K-out models; none where no model can be trained."""
         return self.queries()[: self.retrain.queries] if self.train.trains else []
 
     def origin(self, query: str) -> str:
-        """Where a query is from: its caption pool (tuning or report), or ``own`` for a user's image."""
-        return "own" if self.image_query(query) else query.rpartition("-")[0]
+        """Where a query is from: its caption pool (tuning or report), ``own`` for an image that was given."""
+        return query.rpartition("-")[0] if self.generates(query) else "own"
 
     def reported_queries(self) -> list[str]:
         """Names of the queries of the report pool, on which methods are compared; of all where there are none."""
         return [query for query in self.queries() if self.origin(query) == "report"] or self.queries()
 
     def forgotten_queries(self) -> list[str]:
-        """Names of the reported queries that are generated again after unlearning; a user's image cannot be."""
-        return [query for query in self.reported_queries() if not self.image_query(query)]
+        """Names of the reported queries that are generated again after unlearning; a given image cannot be."""
+        return [query for query in self.reported_queries() if self.generates(query)]
 
     def image_query(self, name: str) -> ImageQuery | None:
-        """The user's image behind a query, or None where the query is drawn from a pool."""
+        """The user's image behind a query, or None where the query is another kind's."""
         own = (q for q in self.synthesize.queries if isinstance(q, ImageQuery) and q.name == name)
         return next(own, None)
+
+    def given_query(self, name: str) -> tuple[GivenQueries, int] | None:
+        """The published set a query is from and its number there, or None where it is another kind's."""
+        sets = (entry for entry in self.synthesize.queries if isinstance(entry, GivenQueries))
+        return next(((entry, entry.names().index(name)) for entry in sets if name in entry.names()), None)
+
+    def generates(self, name: str) -> bool:
+        """Whether a query is generated here, so that its initial noise is known and it can be generated again."""
+        return not self.image_query(name) and not self.given_query(name)
 
     def digest_of(self, *sections: str) -> dict:
         """The named sections as plain data: what an output records of the config that made it."""
@@ -659,3 +745,8 @@ def _sentence(problem: dict) -> str:
         return f"unknown key '{key}'"
     message = problem["msg"].removeprefix("Value error, ")
     return f"'{key}': {message}" if key else message
+
+
+def quoted(text: str) -> str:
+    """Any text as YAML on one line, also within braces."""
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).rstrip("\n")

@@ -104,7 +104,7 @@ def test_large_data_are_thinned_on_a_cpu(timed, monkeypatch):
 @settings(max_examples=50, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_any_text_stands_in_yaml_as_it_is(text):
-    assert yaml.safe_load(f"{{a: {draft._quoted(text)}}}") == {"a": text}
+    assert yaml.safe_load(f"{{a: {draft.quoted(text)}}}") == {"a": text}
 
 
 def test_nothing_is_overwritten(timed):

@@ -5,6 +5,7 @@ rule fit:
     input:
         MODEL,
         ENCODED,
+        given_fisher("diagonal"),
     output:
         layout.fisher,
         layout.fisher_report,
@@ -56,6 +57,10 @@ rule fit_features:
 # fit's command with another option, which comes with the file's name: were it a word of its own in the command,
 # the diagonal Fisher would be fitted again wherever it is finished.
 use rule fit as fit_ekfac with:
+    input:
+        MODEL,
+        ENCODED,
+        given_fisher("ekfac"),
     output:
         layout.ekfac,
         layout.ekfac_report,

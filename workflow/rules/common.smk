@@ -13,7 +13,7 @@ from forgetrace.artifacts import UserError
 from forgetrace.attribution import registry
 from forgetrace.config import HALF_SET, RANDOM, SEED_SET, load_config
 from forgetrace.datasets.registry import source_files
-from forgetrace.encoding import pipeline
+from forgetrace.encoding import given, pipeline
 from forgetrace.encoding.check import check_data
 from forgetrace.figures import catalogue
 from forgetrace.layout import Layout
@@ -67,13 +67,20 @@ VERSIONS = yaml.safe_load(
 )
 QUERIES = layout.config.queries()
 JUDGED_QUERIES = layout.config.judged_queries()
-OWN_IMAGES = [query for query in QUERIES if layout.config.image_query(query)]
+# Images from elsewhere: nobody can generate them again.
+OWN_IMAGES = [query for query in QUERIES if not layout.config.generates(query)]
 JUDGED = [method for method in layout.config.retrain.methods if method != RANDOM]
 TOGETHER = registry.together(layout)
 FEATURES = registry.all_features(layout)
 ENCODED = layout.encoded
 MODEL = layout.model_files
 # The files of a checkpoint that trainings start from, where it is a folder.
+# What a release gives in place of what a stage would compute; nothing in most experiments.
+GIVEN_ENCODED = (
+    list(given.encoded_files(layout.config.encode.given).values())
+    if layout.config.encode.given
+    else []
+)
 PARENT = pipeline.local_files(layout.config.train.parent, ["unet", "scheduler"])
 
 
@@ -123,9 +130,19 @@ def shaped_by(stages, *keys, **more):
 
 
 def own_image(query):
-    """The user's image file behind a query as a list, empty where the query is generated."""
+    """The files behind a query from elsewhere: the user's image, a release's; none where it is generated."""
+    if published := layout.config.given_query(query):
+        entry, number = published
+        files = given.query_files(entry.given, entry.name)
+        return [*files.values(), given.query_image(entry.given, entry.name, number)]
     own = layout.config.image_query(query)
     return [own.image] if own else []
+
+
+def given_fisher(curvature):
+    """The file of a release that a curvature is taken from; none where it is estimated."""
+    folder = layout.config.fit.given
+    return [given.fitted_file(folder, curvature)] if folder else []
 
 
 def measured(model, query):

@@ -33,6 +33,7 @@ rule encode:
         pipeline.local_files(
             layout.config.encode.pipeline, ["vae", "text_encoder", "tokenizer"]
         ),
+        GIVEN_ENCODED,
     output:
         ENCODED,
     log:

@@ -8,7 +8,7 @@ a scan: each writes the losses of its images, and the scan that is then asked fo
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from forgetrace.diffusion.inference import for_inference
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.noise import NoiseBank, even_timesteps, spaced_timesteps
+from forgetrace.diffusion.release_noise import ReleaseNoise
 from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import Layout
 from forgetrace.progress import progress
@@ -63,7 +64,8 @@ def scan(
     weights = layout.unlearned(variant, query)["weights"] if of_query else layout.weights
     output = layout.scan(variant, query) if of_query else layout.base_scan
     narrowed = of_query and settings.narrowing is not None
-    bank = scan_noise(layout, encoded, scheduler)
+    device = pick_device(device)
+    bank = scan_noise(layout, encoded, scheduler, device)
     read = {"base": layout.weights, "weights": weights} | ({"before": layout.base_scan} if narrowed else {})
     shaping = settings.model_dump(mode="json") if narrowed else settings.of_base()
     made_by = provenance({"seed": layout.config.seed, "scan": shaping}, read)
@@ -73,14 +75,19 @@ def scan(
     rows = np.arange(len(encoded.latents))
     if shard is not None:
         rows = shard_rows(len(encoded.latents), len(bank.timesteps), settings, shard)
-    partial = Path(layout.checkpoints("scan")) / (f"{key}.npy" if shard is None else f"{key}-{shard}.npy")
+    taken = taken_shards(layout, output, key) if shard is None else []
+    kinds = {kind for part in taken for kind in part["drawn_on"]} or set(bank.drawn_on)
+    check_one_generator(kinds, output)
+    name = "-".join([key, *kinds, *([] if shard is None else [str(shard)])])
+    partial = Path(layout.checkpoints("scan")) / f"{name}.npy"
     losses = resumable(partial, (len(encoded.latents), len(bank.timesteps)))
-    if shard is None:
-        take_shards(layout, output, key, losses)
+    for part in taken:
+        losses[part["rows"]] = part["losses"]
     missing = np.isnan(losses[rows])
     total = settings.narrowing.mean * len(losses) if narrowed else missing.size
     if missing.any():
-        unet = for_inference(load_unet(layout, pick_device(device), changed=weights))
+        check_one_generator(kinds.union(bank.drawn_on), output)
+        unet = for_inference(load_unet(layout, device, changed=weights))
         evaluate = functools.partial(scan_losses, unet, scheduler, encoded, bank, losses, settings.batch_size)
         with progress(total=round(total), unit="loss", what="scan", done=(~missing).sum()) as bar:
             if narrowed:
@@ -89,9 +96,10 @@ def scan(
             else:
                 evaluate(rows=rows, done=bar.update)
     if shard is None:
-        write_arrays(output, {"losses": np.array(losses), "timesteps": bank.timesteps}, made_by)
+        arrays = {"losses": np.array(losses), "timesteps": bank.timesteps}
+        write_arrays(output, arrays | ({"drawn_on": np.array([*kinds])} if kinds else {}), made_by)
     else:
-        part = {"key": np.array(key), "rows": rows, "losses": losses[rows]}
+        part = {"key": np.array(key), "rows": rows, "losses": losses[rows], "drawn_on": np.array([*kinds], dtype=str)}
         write_arrays(layout.scan_shard(output, shard), part, made_by)
     partial.unlink()
 
@@ -106,15 +114,32 @@ def shard_rows(images: int, draws: int, settings: Scan, shard: int) -> np.ndarra
     return np.arange(first[shard], min(first[shard + 1], images))
 
 
-def take_shards(layout: Layout, output: str, key: str, losses: np.ndarray) -> None:
-    """Fill in (N, T) ``losses`` from what the shards of a scan have left, as far as they hang on the same ``key``."""
-    for shard in range(layout.config.scan.shards):
-        path = layout.scan_shard(output, shard)
-        if Path(path).exists() and (part := read_arrays(path))["key"] == key:
-            losses[part["rows"]] = part["losses"]
+def taken_shards(layout: Layout, output: str, key: str) -> list[dict[str, np.ndarray]]:
+    """What the shards of a scan have left, as far as it hangs on the same ``key``.
+
+    Returns:
+        By shard, the losses (n, T) of its ``rows``, and the kind of device that its noise was drawn on, where the noise
+        hangs on that.
+    """
+    paths = [layout.scan_shard(output, shard) for shard in range(layout.config.scan.shards)]
+    parts = [{"drawn_on": np.array([])} | read_arrays(path) for path in paths if Path(path).exists()]
+    return [part for part in parts if part["key"] == key]
 
 
-def base_losses(layout: Layout, bank: NoiseBank) -> np.ndarray:
+def check_one_generator(kinds: Set[str], output: str) -> None:
+    """Refuse to mix the noise of several kinds of devices in a scan.
+
+    Raises:
+        UserError: there are several.
+    """
+    if len(kinds) > 1:
+        raise UserError(
+            f"{output}: parts of it were scanned on {' and '.join(sorted(kinds))}, whose generators draw other noise "
+            "with scan.noise: release; delete the checkpoints of the scan and run all of it on one kind of device."
+        )
+
+
+def base_losses(layout: Layout, bank: NoiseBank | ReleaseNoise) -> np.ndarray:
     """Losses (N, T) of θ0 under a bank.
 
     Raises:
@@ -126,13 +151,17 @@ def base_losses(layout: Layout, bank: NoiseBank) -> np.ndarray:
     return base["losses"]
 
 
-def scan_noise(layout: Layout, encoded: Encoded, scheduler: DDPMScheduler) -> NoiseBank:
-    """The noise all scans of an experiment share."""
+def scan_noise(
+    layout: Layout, encoded: Encoded, scheduler: DDPMScheduler, device: torch.device | str = "cpu"
+) -> NoiseBank | ReleaseNoise:
+    """The noise all scans of an experiment share; published noise is drawn on the device."""
     seed, settings, length = layout.config.seed, layout.config.scan, scheduler.config.num_train_timesteps
     if settings.narrowing:
         timesteps = even_timesteps(seed, "scan", settings.narrowing.most, length)
     else:
         timesteps = spaced_timesteps(settings.timesteps, length)
+    if settings.noise == "release":
+        return ReleaseNoise.of_images(encoded, timesteps, torch.device(device))
     return NoiseBank(seed, "scan", timesteps, tuple(encoded.latents.shape[1:]), shared=settings.noise == "shared")
 
 
@@ -141,7 +170,7 @@ def scan_losses(
     unet: UNet2DConditionModel,
     scheduler: DDPMScheduler,
     encoded: Encoded,
-    bank: NoiseBank,
+    bank: NoiseBank | ReleaseNoise,
     losses: np.ndarray,
     batch_size: int,
     rows: np.ndarray | None = None,
@@ -176,7 +205,7 @@ def scan_losses(
             done(some.size)
 
 
-def _mean_losses(unet, scheduler, encoded: Encoded, bank: NoiseBank, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
+def _mean_losses(unet, scheduler, encoded: Encoded, bank, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """Losses of one batch, the mean over captions: latents (n,) with draws (n, w) each -> (n, w)."""
     counts = encoded.counts(rows % len(encoded))
     total = np.zeros(draws.shape, dtype=np.float32)
@@ -195,21 +224,29 @@ def _losses(
     unet: UNet2DConditionModel,
     scheduler: DDPMScheduler,
     encoded: Encoded,
-    bank: NoiseBank,
+    bank: NoiseBank | ReleaseNoise,
     rows: np.ndarray,
     draws: np.ndarray,
     number: int,
 ) -> np.ndarray:
     """Losses with the numbered caption of each image: latents (n,) with draws (n, w) each -> (n, w)."""
     device = next(unet.parameters()).device
-    images = rows % len(encoded)
-    captions = encoded.states(encoded.caption(images, number))
+    captions = encoded.states(encoded.caption(rows % len(encoded), number))
     values = example_losses(
         unet,
         scheduler,
         encoded.batch(rows).to(device).repeat_interleave(draws.shape[1], dim=0),
         captions.to(device),
         torch.from_numpy(bank.timesteps[draws].reshape(-1)).to(device),
-        torch.from_numpy(bank.of([encoded.image_ids[image] for image in images], draws)).to(device),
+        _noise(bank, encoded, rows, draws, number).to(device),
     )
     return values.reshape(draws.shape).cpu().numpy()
+
+
+def _noise(
+    bank: NoiseBank | ReleaseNoise, encoded: Encoded, rows: np.ndarray, draws: np.ndarray, number: int
+) -> torch.Tensor:
+    """Noise of latents (n,) with draws (n, w) each and their numbered captions -> (n · w, C, H, W)."""
+    if isinstance(bank, ReleaseNoise):
+        return bank.of(rows, draws, number)
+    return torch.from_numpy(bank.of([encoded.image_ids[image] for image in rows % len(encoded)], draws))

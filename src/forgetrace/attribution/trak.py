@@ -115,14 +115,14 @@ class JourneyTrak(Trak):
     @classmethod
     def check(cls, config: Config, method: str) -> None:
         """The timestep must be one of the schedule, and every query one that was sampled here."""
-        length, own = config.train.timesteps, [name for name in config.queries() if config.image_query(name)]
+        length, own = config.train.timesteps, [name for name in config.queries() if not config.generates(name)]
         timestep = config.score.methods[method].timestep
         if timestep is not None and timestep >= length:
             raise UserError(f"score.methods.{method}.timestep must be below train.timesteps ({length}).")
         if own:
             raise UserError(
-                f"score.methods.{method}: the query '{own[0]}' is an image file, whose sampling nobody knows; "
-                "remove the method or such queries."
+                f"score.methods.{method}: the query '{own[0]}' is an image file, yours or published, whose sampling "
+                "nobody knows; remove the method or such queries."
             )
 
     def inputs(self, query: str) -> list[str]:

@@ -42,6 +42,11 @@ class Unlearning(Attributor):
         before, after = (read_arrays(path) for path in self.inputs(query))
         if not np.array_equal(before["timesteps"], after["timesteps"]):
             raise UserError(f"{self.inputs(query)[1]} was scanned at other timesteps than θ0: delete both scans.")
+        if before.get("drawn_on") != after.get("drawn_on"):
+            raise UserError(
+                f"{self.inputs(query)[1]} and the scan of θ0 have noise that was drawn on different kinds of devices "
+                "(scan.noise: release): delete both and scan again on one."
+            )
         values = SCORES[self.options.score](before["losses"].astype(float), after["losses"].astype(float))
         # Only a narrowed scan may lack losses; elsewhere a missing one makes the score NaN, which is refused.
         scores = balanced_means(values) if self.layout.config.scan.narrowing else values.mean(axis=1)

@@ -5,7 +5,7 @@
 and wrong quantity. Sums are kept in float64.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -58,13 +58,27 @@ class DiagonalFisher:
         """(F + λ)⁻¹ g by weight name.
 
         Raises:
-            UserError: without damping, where a Fisher entry is 0.
+            UserError: without damping, where a Fisher entry is 0; or where there is none for a weight.
         """
+        require(gradients, self.fisher)
         result = {}
         for name, gradient in gradients.items():
             fisher = damped(name, self.fisher[name].to(gradient.device), self.damping)
             result[name] = (gradient.double() / fisher).to(gradient.dtype)
         return result
+
+
+def require(names: Iterable[str], fisher: Container[str]) -> None:
+    """Refuse weights a Fisher information says nothing of; an estimated one has all, a published one perhaps not.
+
+    Raises:
+        UserError: names the first such weight.
+    """
+    if missing := next((name for name in names if name not in fisher), None):
+        raise UserError(
+            f"The Fisher information (fit.given) says nothing of the weights {missing}: choose weights that it has, "
+            "such as weights: cross-attn-kv, or remove fit.given to estimate it."
+        )
 
 
 def damped(name: str, fisher: torch.Tensor, damping: float) -> torch.Tensor:

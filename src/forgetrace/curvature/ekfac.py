@@ -21,7 +21,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
-from forgetrace.curvature.diagonal import DiagonalFisher, add_squares, damped, fisher_report
+from forgetrace.curvature.diagonal import DiagonalFisher, add_squares, damped, fisher_report, require
 from forgetrace.curvature.draws import losses_of_draws
 from forgetrace.curvature.per_example import from_columns, matrix_layers, record, to_columns
 from forgetrace.encoding.store import Encoded
@@ -129,11 +129,13 @@ class EKFAC:
         """(F + λ)⁻¹ g by weight name; a layer's weight or bias that has no gradient counts as 0.
 
         Raises:
-            UserError: without damping, where an eigenvalue is 0.
+            UserError: without damping, where an eigenvalue is 0; or where there are none for a layer.
         """
         rest = {name: gradient for name, gradient in gradients.items() if name in self.factors}
         result = DiagonalFisher(self.factors, self.damping).precondition(rest)
-        for layer in {name.rpartition(".")[0]: None for name in gradients if name not in rest}:
+        layers = {name.rpartition(".")[0]: None for name in gradients if name not in rest}
+        require([f"{layer}.Lambda" for layer in layers], self.factors)
+        for layer in layers:
             result |= self._of_layer(layer, gradients.get(f"{layer}.weight"), gradients.get(f"{layer}.bias"))
         return {name: result[name] for name in gradients}
 

@@ -7,6 +7,7 @@ counter-based generator on the CPU and moved where they are needed.
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -32,6 +33,8 @@ class NoiseBank:
     timesteps: np.ndarray
     latent_shape: tuple[int, int, int]
     shared: bool = True
+    # Its noise is the same on every kind of device; see ReleaseNoise.
+    drawn_on: ClassVar[tuple[str, ...]] = ()
 
     def noise(self, image_id: str, draw: int) -> np.ndarray:
         """Standard normal noise (C, H, W), float32."""

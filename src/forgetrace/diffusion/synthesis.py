@@ -1,4 +1,4 @@
-"""The ``synthesize`` stage: the queries, generated from held-out captions or read from a file."""
+"""The ``synthesize`` stage: the queries, generated from held-out captions, read from a file, or published ones."""
 
 from collections.abc import Iterator
 
@@ -23,6 +23,7 @@ from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.sampling import sample, trajectory
 from forgetrace.encoding.captions import caption_states
 from forgetrace.encoding.codec import clipped, codec_of
+from forgetrace.encoding.given import query_files, query_image, read_queries
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
 
@@ -31,8 +32,12 @@ def synthesize(layout: Layout, query: str, device: str = "auto") -> None:
     """Write one query's record, image and tensors.
 
     Raises:
-        UserError: the user's image is missing or cannot be read, or the prompt is longer than the captions.
+        UserError: the user's image is missing or cannot be read, the prompt is longer than the captions, or a
+            published query does not fit the training data.
     """
+    if layout.config.given_query(query):
+        _keep(layout, query, *_published(layout, query))
+        return
     own, settings, device = layout.config.image_query(query), layout.config.encode, pick_device(device)
     tokens = read_json(layout.encode_manifest)["caption_shape"][0]
     if own:
@@ -41,11 +46,37 @@ def synthesize(layout: Layout, query: str, device: str = "auto") -> None:
         arrays = {"latent": _latent_of_file(layout, own.image, device), "prompt": prompt}
     else:
         record, arrays = generate_query(layout, load_unet(layout, device), query)
+    _keep(layout, query, record, arrays, codec_of(settings, device).decode(arrays["latent"][None])[0])
+
+
+def _keep(layout: Layout, query: str, record: dict, arrays: dict[str, np.ndarray], image: np.ndarray) -> None:
+    """Write a query's files."""
     files = layout.query(query)
     made_by = provenance(layout.config.digest_of("seed", "synthesize"), {"weights": layout.weights})
-    write_image(files["image"], codec_of(settings, device).decode(arrays["latent"][None])[0])
+    write_image(files["image"], image)
     write_arrays(files["tensors"], arrays, made_by)
     write_json(files["record"], record | {"made_by": made_by})
+
+
+def _published(layout: Layout, query: str) -> tuple[dict, dict[str, np.ndarray], np.ndarray]:
+    """Record, arrays and image of a query of ``forgetrace import-release``; its initial noise is unknown."""
+    entry, number = layout.config.given_query(query)
+    prompts, files = read_queries(entry.given, entry.name)["prompts"], query_files(entry.given, entry.name)
+    if number >= len(prompts):
+        raise UserError(
+            f"synthesize.queries: {entry.given} has {len(prompts)} queries '{entry.name}'; lower its count."
+        )
+    rows = (read_array(files[role], mmap=True)[number] for role in ("latents", "prompts"))
+    arrays = dict(zip(("latent", "prompt"), (np.array(row, dtype=np.float32) for row in rows), strict=True))
+    manifest = read_json(layout.encode_manifest)
+    for role, shape in (("latent", manifest["latent_shape"]), ("prompt", manifest["caption_shape"])):
+        if list(arrays[role].shape) != list(shape):
+            raise UserError(
+                f"synthesize.queries: the {role} of {query} in {entry.given} has shape {arrays[role].shape}, those of "
+                f"the training data have {tuple(shape)}; give the queries of the same release (encode.given)."
+            )
+    record = {"query": query, "prompt": prompts[number], "source": "release", "folder": entry.given, "number": number}
+    return record, arrays, read_image(query_image(entry.given, entry.name, number))
 
 
 def generate_query(layout: Layout, unet: UNet2DConditionModel, query: str) -> tuple[dict, dict[str, np.ndarray]]:

@@ -8,18 +8,20 @@ import numpy as np
 from forgetrace.artifacts import UserError, read_json
 from forgetrace.datasets.prepare import TRAIN, count_trained, examples_of, image_shape, split_captions
 from forgetrace.encoding.codec import codec_of
+from forgetrace.encoding.given import check_given
 from forgetrace.layout import Layout
 
 
 def check_data(layout: Layout) -> None:
-    """Check that images fit the encoder, and that held-out captions and every K leave some to train on.
+    """Check that images fit the encoder or what is given, and that held-out captions and every K leave some images.
 
     Raises:
         UserError: they do not; the message names the key.
     """
     config = layout.config
     shape, images = _shape_and_count(layout)
-    if not config.encode.pipeline:  # what an autoencoder takes is known once its weights are read
+    check_given(config, images)
+    if not (config.encode.pipeline or config.encode.given):  # what an autoencoder takes is known with its weights
         codec_of(config.encode).encode(np.zeros((1, *shape), dtype=np.uint8))
     images = min(images, config.encode.max_images or images)
     for key in ("k", "pooled_k") if config.train.trains else ():

@@ -23,6 +23,7 @@ from forgetrace.datasets.images import TrainingImages
 from forgetrace.datasets.prepare import TRAIN, read_metadata
 from forgetrace.encoding.captions import caption_parts, text_source
 from forgetrace.encoding.codec import Codec, codec_of
+from forgetrace.encoding.given import EMPTY, distinct, encoded_files, take_encoded
 from forgetrace.encoding.text import longest
 from forgetrace.layout import Layout
 from forgetrace.progress import progress
@@ -31,7 +32,6 @@ from forgetrace.randomness import generator
 if TYPE_CHECKING:
     import torch
 
-EMPTY = ""
 AT_ONCE = 256  # images in memory
 
 
@@ -43,12 +43,14 @@ def encode(layout: Layout, device: "torch.device | str" = "cpu") -> None:
         device: where encoders of a pipeline run; the others stay on the CPU.
 
     Raises:
-        UserError: an image is missing, truncated or of another size than the rest, or an encoder's weights are.
+        UserError: an image is missing, truncated or of another size than the rest, or an encoder's weights are; or
+            what ``encode.given`` names does not fit.
     """
+    settings = layout.config.encode
     rows = _training_rows(layout)
     shape = read_json(layout.data_manifest)["image_shape"]
     texts = [captions_of(row["text"]) for row in rows]
-    captions = [*sorted(set(chain(*texts))), EMPTY]
+    captions = [*(distinct(texts) if settings.given else sorted(set(chain(*texts)))), EMPTY]
     row_of = {caption: i for i, caption in enumerate(captions)}
     index = pd.DataFrame(
         {
@@ -60,18 +62,17 @@ def encode(layout: Layout, device: "torch.device | str" = "cpu") -> None:
     )
     if any(len(own) > 1 for own in texts):
         index["caption_rows"] = [[row_of[caption] for caption in own] for own in texts]
-    settings, names = layout.config.encode, [row["file_name"] for row in rows]
-    codec = codec_of(settings, device)
-    orientations = [False, True] if settings.flips else [False]
-    parts = chain(*(_latents(layout, codec, names, tuple(shape), mirrored) for mirrored in orientations))
-    _write(layout.latents, len(orientations) * len(rows), parts)
-    states = caption_parts(settings, captions, device, _tokens(layout))
-    _write(layout.captions, len(captions), states, settings.caption_dtype)
-    made_by = provenance(layout.config.digest_of("encode"), {"metadata": layout.metadata, "data": layout.data_manifest})
+    inputs = {"metadata": layout.metadata, "data": layout.data_manifest}
+    if settings.given:
+        take_encoded(layout, [row["id"] for row in rows], texts, device)
+        # Which holds the hashes of the rest.
+        encoders, inputs = [None], inputs | {"given": encoded_files(settings.given)["manifest"]}
+    else:
+        encoders = _run_encoders(layout, [row["file_name"] for row in rows], captions, tuple(shape), device)
+    made_by = provenance(layout.config.digest_of("encode"), inputs)
     write_table(layout.index, index, made_by)
     # Equal on every machine, unlike the bits a text encoder computes on another CPU.
-    source = [made_by["inputs"], made_by["config"], text_source(settings), layout.config.seed]
-    source += [codec.files] if codec.files else []
+    source = [made_by["inputs"], made_by["config"], encoders[0], layout.config.seed, *encoders[1:]]
     write_json(
         layout.encode_manifest,
         {
@@ -84,6 +85,20 @@ def encode(layout: Layout, device: "torch.device | str" = "cpu") -> None:
             "made_by": made_by,
         },
     )
+
+
+def _run_encoders(
+    layout: Layout, names: list[str], captions: list[str], shape: tuple[int, ...], device: "torch.device | str"
+) -> list:
+    """Write latents and token states; what tells the encoders from others, that of the text first."""
+    settings = layout.config.encode
+    codec = codec_of(settings, device)
+    orientations = [False, True] if settings.flips else [False]
+    parts = chain(*(_latents(layout, codec, names, shape, mirrored) for mirrored in orientations))
+    _write(layout.latents, len(orientations) * len(names), parts)
+    states = caption_parts(settings, captions, device, _tokens(layout))
+    _write(layout.captions, len(captions), states, settings.caption_dtype)
+    return [text_source(settings), *([codec.files] if codec.files else [])]
 
 
 def _files(layout: Layout) -> dict[str, str]:

@@ -14,9 +14,11 @@ from forgetrace.layout import Layout
 MARGIN, GAP, GROUP_GAP = 0.25, 0.14, 0.38  # inches
 SIZE = 1.25 * TILE
 HEADER, ROW = 0.75, 1.95  # inches
+OF_LOSSES = "How much the loss of this image rises in models retrained without some training images."
 SUBTITLES = {
     "pool": "The same prompt and noise, drawn again by models retrained without some training images.",
-    "file": "How much the loss of this image rises in models retrained without some training images.",
+    "file": OF_LOSSES,
+    "release": OF_LOSSES,
 }
 
 

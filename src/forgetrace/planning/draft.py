@@ -17,7 +17,7 @@ from typing import NamedTuple
 import yaml
 
 from forgetrace.artifacts import UserError, atomic
-from forgetrace.config import NAME, Encode, Prepare, parse_config
+from forgetrace.config import NAME, Encode, Prepare, parse_config, quoted
 from forgetrace.datasets.contract import Reference, captions_of
 from forgetrace.datasets.prepare import count_trained, examples_of, split_captions
 from forgetrace.layout import Layout
@@ -144,12 +144,12 @@ def _text(
     steps = _steps(kind, seconds)
     count = min(4, held)
     example = examples[0]
-    own = OWN.format(image=_quoted(f"{data}/{example.file_name}"), prompt=_quoted(captions_of(example.caption)[0]))
+    own = OWN.format(image=quoted(f"{data}/{example.file_name}"), prompt=quoted(captions_of(example.caption)[0]))
     images = min(trained, most)
     minutes = steps * seconds / 60
     text = TEMPLATE.format(
         images=len(examples), machine="a GPU" if kind == "cuda" else "a CPU", file=file, name=name,
-        path=_quoted(data), size=scale.size, captions=distinct, tuning=held, report=held, factor=scale.factor,
+        path=quoted(data), size=scale.size, captions=distinct, tuning=held, report=held, factor=scale.factor,
         side=scale.size // scale.factor, channels=list(scale.channels), steps=steps, batch=scale.batch, minutes=minutes,
         most=f"  max_images: {most}  # so that every scan of them ends today\n" if trained > most else "",
         rate=f"{scale.rate:.1e}", queries=POOL.format(count=count) if held else own, alpha=f"{ALPHA * images:.1e}",
@@ -201,8 +201,3 @@ def _step_seconds(scale: Scale, captions: list[str], device: str) -> float:
 def _steps(kind: str, seconds: float) -> int:
     """Training steps in hundreds that take so many seconds each."""
     return max(FEW_STEPS, min(MANY_STEPS[kind], int(MINUTES * 60 / seconds) // 100 * 100))
-
-
-def _quoted(text: str) -> str:
-    """Any text as YAML on one line, also within braces."""
-    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).rstrip("\n")

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
+from forgetrace.artifacts import UserError
 from forgetrace.attribution.registry import together
 from forgetrace.encoding.check import check_data
 from forgetrace.layout import Layout
@@ -61,8 +62,12 @@ def plan(layout: Layout, cores: int | None, device: str) -> str:
     """The estimate as text, for jobs that share ``cores`` (None: all of them) and a device as ``pick_device`` names it.
 
     Raises:
-        UserError: what the config or the device asks for cannot work here.
+        UserError: what the config or the device asks for cannot work here, or takes encoded data as given.
     """
+    if layout.config.encode.given:
+        raise UserError(
+            "forgetrace plan times the encoders, none of which runs with encode.given: it cannot plan this."
+        )
     check_data(layout)
     begun, (units, facts) = time.perf_counter(), calibrate(layout, device)
     took, cores = time.perf_counter() - begun, cores or os.cpu_count() or 1

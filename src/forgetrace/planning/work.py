@@ -47,7 +47,7 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
         views: captions times orientations of an image, on average.
     """
     config, queries, judged = layout.config, layout.config.queries(), layout.config.judged_queries()
-    generated = [query for query in queries if not config.image_query(query)]  # a user's image is not sampled
+    generated = [query for query in queries if config.generates(query)]  # a given image is not sampled
     shared, recipe, variants = layout.shared_models(), config.train, config.unlearn.values()
     own = len(layout.measured_models(queries[0])) - len(shared)  # leave-K-out models of one query
     at_once = len(layout.half_models()) + len(layout.pooled_models())
