@@ -1,7 +1,4 @@
-import importlib.util
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,24 +9,11 @@ from forgetrace.release.convert import import_release
 
 from .published import write_abu, write_fastgda
 
-STAND_IN = Path(__file__).parent / "stand_in"
-
-
-@pytest.fixture(autouse=True)
-def annotations_can_be_read(monkeypatch):
-    """pycocotools, or what stands in for it here."""
-    if importlib.util.find_spec("pycocotools") is None:
-        monkeypatch.syspath_prepend(STAND_IN)
-        monkeypatch.setenv("PYTHONPATH", f"{STAND_IN}:{os.environ.get('PYTHONPATH', '')}")
-        yield
-        for name in ("pycocotools", "pycocotools.coco"):
-            sys.modules.pop(name, None)
-        return
-    yield
-
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory) -> dict[str, Path]:
+    """Both releases, not to be changed."""
+    pytest.importorskip("pycocotools", reason="an extra: pip install pycocotools")
     folder = tmp_path_factory.mktemp("published")
     return {"abu": write_abu(folder / "mscoco"), "fastgda": write_fastgda(folder / "coco")}
 

@@ -74,13 +74,13 @@ TOGETHER = registry.together(layout)
 FEATURES = registry.all_features(layout)
 ENCODED = layout.encoded
 MODEL = layout.model_files
-# The files of a checkpoint that trainings start from, where it is a folder.
 # What a release gives in place of what a stage would compute; nothing in most experiments.
 GIVEN_ENCODED = (
     list(given.encoded_files(layout.config.encode.given).values())
     if layout.config.encode.given
     else []
 )
+# The files of a checkpoint that trainings start from, where it is a folder.
 PARENT = pipeline.local_files(layout.config.train.parent, ["unet", "scheduler"])
 
 
