@@ -3,7 +3,6 @@
 import pytest
 
 from ..release.published import write_abu
-from .conftest import Checkout
 
 pytest.importorskip("pycocotools", reason="an extra: pip install pycocotools")
 
