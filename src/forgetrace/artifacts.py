@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,7 +53,8 @@ def atomic(path: str | Path, durable: bool = True) -> Iterator[Path]:
         UserError: the disk is full or the folder cannot be written to.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # A process id alone is not unique: nodes of a cluster may write the same file to a folder they share.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -117,7 +119,7 @@ def sha256_of(path: str | Path) -> str:
     if settled:
         try:
             write_json(record, {"file": str(path), "state": state, "sha256": found})
-        except UserError:
+        except (UserError, OSError):
             pass  # a folder that cannot be written to costs time alone
     return found
 
@@ -207,7 +209,10 @@ def read_array(path: str | Path, mmap: bool = False) -> np.ndarray:
     with _readable(path):
         # What is written to a private map stays in memory; but the system may refuse one larger than that.
         mode = "c" if os.path.getsize(path) < PRIVATE else "r"
-        return np.load(path, mmap_mode=mode if mmap else None, allow_pickle=False)
+        array = np.load(path, mmap_mode=mode if mmap else None, allow_pickle=False)
+        if not isinstance(array, np.ndarray):  # an .npz under this name
+            raise ValueError("no single array")
+        return array
 
 
 def on_disk(array: np.ndarray) -> "torch.Tensor":

@@ -46,6 +46,10 @@ def test_neither_unit_nor_offset_of_a_member_changes_the_scores(pair):
 
 def test_a_member_that_says_nothing_adds_nothing():
     np.testing.assert_array_equal(standardised(np.full(5, 3.2)), np.zeros(5))
+    nearly = np.full(4730, 0.1)
+    nearly[0] = np.nextafter(0.1, 1)
+    assert (nearly - nearly.mean()).std() > 0  # what rounding leaves is no score
+    np.testing.assert_array_equal(standardised(nearly), np.zeros(4730))
 
 
 @pytest.mark.parametrize(

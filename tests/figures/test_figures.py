@@ -158,3 +158,6 @@ def test_a_long_text_is_broken_to_fit_and_ends_in_an_ellipsis():
     assert all(len(line) * 12 * LETTER / 72 <= 2 for line in lines(text, 2, 12))
     assert lines(text, 2, 12, most=2) == [lines(text, 2, 12)[0], "wave on top of a …"]
     assert lines("short", 2, 12, most=2) == ["short"]
+    wide = "\u4e00" * 40  # an em each
+    assert "".join(lines(wide, 2, 12)) == wide
+    assert all(len(line) * 12 / 72 <= 2 for line in lines(wide, 2, 12))

@@ -71,6 +71,18 @@ class Malicious:
         return os.mkdir, ("owned",)
 
 
+# A dtype of objects whose state says that it has none: numpy itself would follow the bytes as pointers.
+POINTERS = b"cnumpy\ndtype\n\x8c\x02O8\x89\x88\x87R(K\x03\x8c\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+SCALAR = b"cnumpy._core.multiarray\nscalar\n" + POINTERS + b"C\x08AAAAAAAA\x86R"
+EMPTY = b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+ARRAY = EMPTY + b"(K\x01K\x01\x85" + POINTERS + b"\x89C\x08AAAAAAAAtb"
+
+
+def forged(value: bytes) -> bytes:
+    """A pickle of {"influence": value}, written by hand."""
+    return b"\x80\x04}\x8c\x09influence" + value + b"s."
+
+
 PICKLES = {
     "code": (lambda: pickle.dumps({"influence": Malicious()}), r"asks to load (posix|nt).mkdir, which is no array"),
     "code in an array": (
@@ -90,7 +102,11 @@ PICKLES = {
         lambda: pickle.dumps({"influence": np.zeros(N - 1)}),
         r"is float64 of \(299,\), expected numbers of 300",
     ),
-    "no numbers": (lambda: pickle.dumps({"influence": np.array(["a"] * N)}), r"is <U1 of \(300,\), expected numbers"),
+    "no numbers": (lambda: pickle.dumps({"influence": np.array(["a"] * N)}), r"asks to load numpy.dtype\('U1'\)"),
+    "fields": (lambda: pickle.dumps({"influence": np.zeros(N, "f8,f8")}), "asks to load numpy.dtype with fields"),
+    "pointers": (lambda: forged(ARRAY), r"asks to load numpy.dtype\('O8'\)"),
+    "a pointer": (lambda: forged(SCALAR), r"asks to load numpy.dtype\('O8'\)"),
+    "memory": (lambda: b"\x80\x04cbuiltins\nbytearray\nJ\x00\x00\x00\x7f\x85R.", "asks to load builtins.bytearray"),
     "no array": (lambda: pickle.dumps({"influence": [1.0] * N}), "is list, expected numbers of 300"),
     "NaN": (lambda: pickle.dumps({"influence": np.full(N, np.nan)}), "holds NaN or infinity"),
 }
@@ -111,7 +127,8 @@ def test_arrays_of_every_protocol_and_older_numpy_are_read(tmp_path, protocol):
     content = {
         "a": np.arange(6.0).reshape(2, 3),
         "b": np.float32(2),
-        "c": [(1, "x"), {2}, None],
+        "c": [(1, "x"), None],
+        "e": np.array([True, False]),
         "d": np.arange(3)[::2],
     }
     text = pickle.dumps(content, protocol)
@@ -120,6 +137,7 @@ def test_arrays_of_every_protocol_and_older_numpy_are_read(tmp_path, protocol):
         found = read_pickle(tmp_path / "x.pkl")
         np.testing.assert_array_equal(found["a"], content["a"])
         np.testing.assert_array_equal(found["d"], content["d"])
+        np.testing.assert_array_equal(found["e"], content["e"])
         assert (found["b"], found["c"]) == (content["b"], content["c"])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from forgetrace.artifacts import UserError, read_array, read_image, read_json, read_tensors
 from forgetrace.attribution.registry import check_methods
@@ -17,11 +18,12 @@ from forgetrace.curvature.ekfac import EKFAC
 from forgetrace.diffusion.given import given_scheduler
 from forgetrace.encoding.given import distinct, encoded_files, fitted_file, query_files, query_image
 from forgetrace.release import convert
-from forgetrace.release.convert import import_release
+from forgetrace.release.convert import alone_in, import_release
 
 from . import published as made
 from .published import CAPTIONS, IMAGES, QUERIES, captions_of, ekfac, fisher, states_of, unet
 
+SMOKE = Path(__file__).parents[2] / "config/smoke.yaml"
 GIVEN = Path("given")
 TEXTS = [captions_of(i)[:CAPTIONS] for i in range(IMAGES)]
 
@@ -142,11 +144,12 @@ def test_an_interrupted_conversion_goes_on_where_it_was(abu, monkeypatch):
     }
     assert len(read_array(encoded_files("given")["captions"])) == 4 * IMAGES + 7 + 1
     # All is there: nothing is made again, and a config that was edited is kept.
-    Path("config/given.yaml").write_text("# mine\n")
+    mine = Path("config/given.yaml").read_text() + "# mine\n"
+    Path("config/given.yaml").write_text(mine)
     _, found = import_release(abu, GIVEN)
     assert files_of(GIVEN) == after
     assert found.endswith("config/given.yaml was there and is kept as it is.")
-    assert Path("config/given.yaml").read_text() == "# mine\n"
+    assert Path("config/given.yaml").read_text() == mine
 
 
 def test_only_what_a_changed_file_goes_into_is_made_again(abu):
@@ -391,6 +394,34 @@ def test_a_folder_holds_one_release(abu, published):
     import_release(abu, GIVEN)
     with pytest.raises(UserError, match=r"given holds AttributeByUnlearning's release: choose another folder with"):
         import_release(published["fastgda"], GIVEN)
+
+
+def test_a_config_of_other_data_is_neither_taken_nor_changed(abu):
+    other = Path("config/coco.yaml")
+    import_release(abu, Path("elsewhere"), "theirs")
+    for content in (SMOKE.read_text(), Path("config/theirs.yaml").read_text()):
+        other.write_text(content)
+        with pytest.raises(UserError, match=r"config/coco.yaml is there and does not use given: give --name"):
+            import_release(abu, GIVEN, "coco")
+        assert other.read_text() == content
+    assert not GIVEN.exists()
+    file, _ = import_release(abu, GIVEN, "own")
+    assert import_release(abu, Path("./given"), "own")[1].endswith("config/own.yaml was there and is kept as it is.")
+    assert file == Path("config/own.yaml")
+
+
+def test_of_two_imports_into_a_folder_one_works_and_the_other_refuses(abu):
+    with alone_in(GIVEN), pytest.raises(UserError, match=r"Another import writes to given: wait for it"):
+        import_release(abu, GIVEN)
+    assert list(GIVEN.iterdir()) == []
+    import_release(abu, GIVEN)
+
+
+def test_images_of_three_sizes_are_one_problem(fastgda):
+    for number, side in ((0, 8), (1, 12)):
+        Image.new("RGB", (side, side)).save(fastgda / f"query_test/images/{number}.png")
+    with pytest.raises(UserError, match=r"1.png has other sides than .*0.png, expected squares of one size"):
+        import_release(fastgda, GIVEN)
 
 
 def test_names_that_cannot_be_are_refused_before_any_work(abu):

@@ -1,6 +1,7 @@
 """The scan with the published noise against a plain loop of the published scan."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.scan import scan, scan_noise
 from forgetrace.datasets.prepare import prepare
 from forgetrace.diffusion.base import train_base
-from forgetrace.diffusion.release_noise import ReleaseNoise
+from forgetrace.diffusion.release_noise import ReleaseNoise, device_kind
 from forgetrace.encoding.encode import encode
 from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import Layout
@@ -106,7 +107,15 @@ def test_noise_is_that_of_the_published_batch_whatever_is_asked_for():
         found = bank.of(rows, draws, number).unflatten(0, draws.shape)
         for i, row in enumerate(rows):
             assert torch.equal(found[i], expected[row, number][torch.from_numpy(draws[i])])
-    assert len(bank._drawn) <= 2
+    bank.of(rows[:1], draws[:1], 0)
+    assert len(bank._drawn) == 1  # what is not asked for is not kept
+
+
+def test_gpus_of_other_sizes_draw_other_noise(monkeypatch):
+    found = SimpleNamespace(multi_processor_count=108, max_threads_per_multi_processor=2048)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    assert device_kind(torch.device("cuda", 1)) == "cuda-108x2048"
+    assert device_kind(torch.device(CPU)) == CPU
 
 
 def test_images_with_different_numbers_of_captions_have_no_such_noise(layout):

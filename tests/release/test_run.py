@@ -10,7 +10,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from forgetrace.artifacts import UserError, read_array, read_arrays, read_image, read_json, read_table, read_tensors
+from forgetrace.artifacts import (
+    UserError,
+    read_array,
+    read_arrays,
+    read_image,
+    read_json,
+    read_table,
+    read_tensors,
+    sha256_of,
+    write_image,
+)
 from forgetrace.attribution.scan import scan
 from forgetrace.attribution.score import score
 from forgetrace.cli import app
@@ -21,6 +31,7 @@ from forgetrace.diffusion.base import train_base
 from forgetrace.diffusion.synthesis import synthesize
 from forgetrace.encoding.check import check_data
 from forgetrace.encoding.encode import encode
+from forgetrace.encoding.given import query_files, query_image
 from forgetrace.encoding.store import load_encoded
 from forgetrace.evaluation.tables import evaluate
 from forgetrace.figures.catalogue import draw, names
@@ -169,6 +180,10 @@ def test_given_data_of_other_images_or_captions_are_refused(abu):
     np.save("given/encoded/latents.npy", np.zeros((IMAGES, 4, 4, 4), dtype=np.float32))
     with pytest.raises(UserError, match=r"latents.npy has 83 rows, not 166: delete it"):
         encode(layout)
+    latents = read_array("mscoco/coco17_train_latents.npy")
+    np.save("given/encoded/latents.npy", np.where(np.arange(len(latents)) == 7, 0, latents.T).T)
+    with pytest.raises(UserError, match=r"latents.npy has changed since it was made: delete it"):
+        encode(layout)
     manifest.write_text("[]")
     with pytest.raises(
         UserError, match=r"manifest.json is damaged; delete it and run `forgetrace import-release` again"
@@ -183,7 +198,7 @@ def test_a_pipeline_gives_the_empty_captions_state(abu, monkeypatch):
     layout = quick(abu)
     encoders = {"pipeline": "sd", "image_encoder": "autoencoder-kl", "text_encoder": "clip"}
     layout = replace(layout, config=changed(layout, encode=encoders))
-    without = read_array(layout.captions)
+    without, source = read_array(layout.captions), read_json(layout.encode_manifest)["source"]
     asked = []
 
     def states(settings, captions, tokens, device) -> np.ndarray:
@@ -191,9 +206,11 @@ def test_a_pipeline_gives_the_empty_captions_state(abu, monkeypatch):
         return np.full((1, tokens, without.shape[2]), 0.5, dtype=np.float32)
 
     monkeypatch.setattr("forgetrace.encoding.captions.caption_states", states)
+    monkeypatch.setattr("forgetrace.encoding.encode.text_source", lambda _: "its weights")
     encode(layout)
     assert asked == [("sd", [""], without.shape[1])]
     found = read_array(layout.captions)
+    assert read_json(layout.encode_manifest)["source"] != source
     np.testing.assert_array_equal(found[:-1], without[:-1])
     assert (found[-1] == 0.5).all()
     assert np.isnan(read_array("given/encoded/captions.npy")[-1]).all()
@@ -220,6 +237,17 @@ def test_what_is_given_must_be_there_and_fit(abu):
         check_data(ekfac)
     with pytest.raises(UserError, match=r"fit.given: given/fit/ekfac.safetensors is missing"):
         fit(ekfac, "ekfac", CPU)
+    methods = {"influence": {"attributor": "influence", "curvature": "ekfac"}}
+    inverse = replace(layout, config=changed(layout, score={"methods": methods}))
+    with pytest.raises(UserError, match=r"fit.given: given/fit/ekfac.safetensors is missing"):
+        check_data(inverse)
+    synthesize(layout, "sample-001", CPU)
+    made_by = read_json(layout.query("sample-001")["record"])["made_by"]["inputs"]
+    files = query_files("given", "sample") | {"image": query_image("given", "sample", 1)}
+    assert made_by == {role: sha256_of(path) for role, path in ({"weights": layout.weights} | files).items()}
+    write_image(files["image"], np.zeros((8, 8, 3), dtype=np.uint8))
+    with pytest.raises(UserError, match=r"sample-001 in given has 8 pixels a side, .* set prepare.size: 8"):
+        synthesize(layout, "sample-001", CPU)
     np.save("given/queries/sample/latents.npy", np.zeros((2, 4, 8, 8), dtype=np.float32))
     with pytest.raises(UserError, match=r"the latent of sample-000 in given has shape \(4, 8, 8\), those of the train"):
         synthesize(layout, "sample-000", CPU)

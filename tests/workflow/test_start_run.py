@@ -102,20 +102,28 @@ def test_a_job_that_outlived_its_snakemake_counts(killed):
         job.wait()
 
 
-def test_an_interpreter_whose_path_has_a_space_starts_nothing_on_a_cluster(folder, tmp_path_factory):
-    python = tmp_path_factory.mktemp("a clone") / "python"
+@pytest.mark.parametrize("profile", ["default", "slurm"])
+def test_an_interpreter_whose_path_has_a_space_starts_nothing_on_a_cluster(folder, tmp_path_factory, profile):
+    python = tmp_path_factory.mktemp("a clone") / "bin/python"
+    python.parent.mkdir()
     python.symlink_to(sys.executable)
     # Told so, because a link's home is looked for beside it, and a whole environment takes a minute to make.
     program = f"import sys; sys.executable = {str(python)!r}; sys.argv = ['start_run.py', 'config.yaml', 'all']\n"
+    # Beyond the check there is a Snakemake that this path cannot start: it says so by another name.
+    program += "import os; os.execv = lambda *_: sys.exit('started')\n"
     program += f"exec(compile(open({str(SCRIPT)!r}).read(), {str(SCRIPT)!r}, 'exec'))"
-    environment = os.environ | {"SNAKEMAKE_PROFILE": "profiles/slurm"}
+    environment = os.environ | {"SNAKEMAKE_PROFILE": str(ROOT / "profiles" / profile)}
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, text=True, capture_output=True)
     assert done.returncode == 1
-    assert f"would not find {python}, whose path has a space" in done.stderr
-    assert not locks(folder)
+    if profile == "default":
+        assert done.stderr.strip() == "started"
+    else:
+        refusal = f"would not find {python}, whose path has a space: set up the environment {python.parents[1]} in"
+        assert refusal in done.stderr
+        assert not locks(folder)
 
 
-# What squeue does, whether this folder has sent jobs to Slurm, and what is said of it.
+# What squeue does, whether this folder has sent jobs to Slurm or (None) is about to, and what is said of it.
 SILENT = "echo unreachable >&2; exit 1"
 QUEUES = {
     "a job of this folder": (
@@ -125,6 +133,7 @@ QUEUES = {
     ),
     "no answer": (SILENT, True, "squeue does not say"),
     "no answer, and no job was ever sent": (SILENT, False, None),
+    "no answer, and jobs may have logs elsewhere": (SILENT, None, "squeue does not say"),
     "jobs elsewhere and this one": ("echo 43 /elsewhere; echo 44 '{folder}'", True, None),
 }
 
@@ -137,7 +146,8 @@ def test_a_lock_stays_while_slurm_may_have_jobs_here(killed, tmp_path_factory, q
     tools = tmp_path_factory.mktemp("bin")
     (tools / "squeue").write_text("#!/bin/sh\n" + squeue.format(folder=killed))
     (tools / "squeue").chmod(0o755)
-    run = start(killed, PATH=f"{tools}:{os.environ['PATH']}", SLURM_JOB_ID="44")
+    profile = {"SNAKEMAKE_PROFILE": str(ROOT / "profiles/slurm")} if sent is None else {}
+    run = start(killed, PATH=f"{tools}:{os.environ['PATH']}", SLURM_JOB_ID="44", **profile)
     if sentence:
         assert sentence in refused(run)
         assert locks(killed)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import psutil
+import yaml
 
 PROGRAMS = ("snakemake", "forgetrace")
 LOCKS = Path(".snakemake", "locks")
@@ -106,19 +107,28 @@ def runs_program(command: list[str]) -> bool:
     return bool(command) and Path(command[0]).name in PROGRAMS
 
 
+def on_cluster() -> bool:
+    """Whether the profile that SNAKEMAKE_PROFILE names sends jobs elsewhere; not where it cannot be read."""
+    try:
+        profile = Path(os.environ["SNAKEMAKE_PROFILE"], "config.yaml").read_text(encoding="utf-8")
+        return yaml.safe_load(profile).get("executor", "local") != "local"
+    except (KeyError, OSError, AttributeError, yaml.YAMLError):
+        return False
+
+
 def check_cluster(python: str) -> None:
     """Refuse what Snakemake's jobs on a cluster cannot start with: they name this interpreter without quotes."""
-    if os.environ.get("SNAKEMAKE_PROFILE") and len(python.split()) > 1:
+    if on_cluster() and len(python.split()) > 1:
         raise Refusal(
-            f"Jobs on a cluster would not find {python}, whose path has a space: move the repository to a path "
-            "without one, then run again."
+            f"Jobs on a cluster would not find {python}, whose path has a space: set up the environment "
+            f"{Path(python).parents[1]} in a path without one, then run again."
         )
 
 
 def jobs_in_slurm(folder: Path) -> list[str]:
     """Ids of the user's other Slurm jobs, waiting or running, that work in ``folder``; none without Slurm.
 
-    A machine may have Slurm's commands and no cluster behind them: silence matters where jobs were once sent.
+    A machine may have Slurm's commands and no cluster behind them: silence matters where jobs are or were sent.
     """
     if not shutil.which("squeue"):
         return []
@@ -129,7 +139,7 @@ def jobs_in_slurm(folder: Path) -> list[str]:
     except subprocess.TimeoutExpired:
         asked = None
     if asked is None or asked.returncode:
-        if not (folder / SLURM_LOGS).is_dir():
+        if not (on_cluster() or (folder / SLURM_LOGS).is_dir()):
             return []
         raise Refusal(
             "A killed run left its lock, and squeue does not say whether its Slurm jobs still write here: once none "

@@ -11,6 +11,8 @@ from forgetrace.attribution.contract import Attributor
 from forgetrace.attribution.ranking import read_ranking
 from forgetrace.config import RANDOM, Config
 
+ROUNDING = 1e-12  # of the largest score, below which differences say nothing
+
 
 class Ensemble(Attributor):
     """Sum of the standardised scores of other methods of the experiment."""
@@ -43,7 +45,7 @@ class Ensemble(Attributor):
 
 
 def standardised(scores: np.ndarray) -> np.ndarray:
-    """Scores (N,) with mean 0 and standard deviation 1; zeros where all are equal."""
+    """Scores (N,) with mean 0 and standard deviation 1; zeros where all are equal but for rounding."""
     centred = scores - scores.mean()
     spread = centred.std()
-    return centred / spread if spread > 0 else np.zeros_like(centred)
+    return centred / spread if spread > ROUNDING * np.abs(scores).max() else np.zeros_like(centred)

@@ -135,7 +135,7 @@ def check_one_generator(kinds: Set[str], output: str) -> None:
     if len(kinds) > 1:
         raise UserError(
             f"{output}: parts of it were scanned on {' and '.join(sorted(kinds))}, whose generators draw other noise "
-            "with scan.noise: release; delete the checkpoints of the scan and run all of it on one kind of device."
+            "with scan.noise: release; delete the checkpoints of the scan and run all of it on GPUs of one model."
         )
 
 

@@ -45,7 +45,7 @@ class Unlearning(Attributor):
         if before.get("drawn_on") != after.get("drawn_on"):
             raise UserError(
                 f"{self.inputs(query)[1]} and the scan of θ0 have noise that was drawn on different kinds of devices "
-                "(scan.noise: release): delete both and scan again on one."
+                "(scan.noise: release): delete both and scan again on one kind of GPU."
             )
         values = SCORES[self.options.score](before["losses"].astype(float), after["losses"].astype(float))
         # Only a narrowed scan may lack losses; elsewhere a missing one makes the score NaN, which is refused.

@@ -4,8 +4,9 @@ There the 2N latents come in batches of 80. Batch b seeds a generator with b and
 captions and timesteps at once, images outermost, then captions, then timesteps. So the noise of a latent hangs on its
 row, but neither on what is scanned beside it nor on the experiment's seed: to scan a row, its batch is drawn whole.
 
-A generator of CUDA draws other numbers than one of a CPU from the same seed. The noise is that of the published scores
-on the kind of device they were computed on.
+A generator of CUDA draws other numbers than one of a CPU from the same seed, and PyTorch shares a large draw out among
+as many threads as the GPU can run at once: GPUs of another size draw other numbers. The noise is that of the published
+scores on the kind of device they were computed on.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +18,14 @@ from forgetrace.artifacts import UserError
 from forgetrace.encoding.store import Encoded
 
 IMAGES = 80  # of a published batch
-KEPT = 2  # batches in memory, each 33 MB for COCO: ours may lie across two
+
+
+def device_kind(device: torch.device) -> str:
+    """What tells devices apart that draw different numbers from one seed: ``cpu``, ``cuda-108x2048`` for an A100."""
+    if device.type != "cuda":
+        return device.type
+    found = torch.cuda.get_device_properties(device)
+    return f"cuda-{found.multi_processor_count}x{found.max_threads_per_multi_processor}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class ReleaseNoise:
     @property
     def drawn_on(self) -> tuple[str, ...]:
         """The kind of device, which the noise hangs on."""
-        return (self.device.type,)
+        return (device_kind(self.device),)
 
     def of(self, rows: np.ndarray, draws: np.ndarray, number: int) -> torch.Tensor:
         """Noise of w draws for each of n latents with its numbered caption.
@@ -71,7 +79,10 @@ class ReleaseNoise:
             (n · w, C, H, W), latents outermost, float32, on the device.
         """
         noise = torch.empty((*draws.shape, *self.latent_shape), device=self.device)
-        for batch in np.unique(rows // IMAGES).tolist():
+        batches = np.unique(rows // IMAGES).tolist()
+        for other in self._drawn.keys() - set(batches):
+            del self._drawn[other]  # the next captions are of the same rows, for COCO 33 MB a batch
+        for batch in batches:
             own = np.flatnonzero(rows // IMAGES == batch)
             places, chosen = (torch.from_numpy(values) for values in (rows[own] - batch * IMAGES, draws[own]))
             noise[torch.from_numpy(own)] = self._batch(batch)[places[:, None], number, chosen]
@@ -80,8 +91,6 @@ class ReleaseNoise:
     def _batch(self, batch: int) -> torch.Tensor:
         """The noise of a whole published batch, (images, captions, T, C, H, W)."""
         if batch not in self._drawn:
-            while len(self._drawn) >= KEPT:
-                del self._drawn[next(iter(self._drawn))]
             images = min(IMAGES, self.rows - batch * IMAGES)
             count = images * self.captions * len(self.timesteps)
             stream = torch.Generator(self.device).manual_seed(batch)

@@ -52,7 +52,7 @@ def synthesize(layout: Layout, query: str, device: str = "auto") -> None:
 def _keep(layout: Layout, query: str, record: dict, arrays: dict[str, np.ndarray], image: np.ndarray) -> None:
     """Write a query's files."""
     files = layout.query(query)
-    made_by = provenance(layout.config.digest_of("seed", "synthesize"), {"weights": layout.weights})
+    made_by = provenance(layout.config.digest_of("seed", "synthesize"), _made_of(layout, query))
     write_image(files["image"], image)
     write_arrays(files["tensors"], arrays, made_by)
     write_json(files["record"], record | {"made_by": made_by})
@@ -76,7 +76,22 @@ def _published(layout: Layout, query: str) -> tuple[dict, dict[str, np.ndarray],
                 f"the training data have {tuple(shape)}; give the queries of the same release (encode.given)."
             )
     record = {"query": query, "prompt": prompts[number], "source": "release", "folder": entry.given, "number": number}
-    return record, arrays, read_image(query_image(entry.given, entry.name, number))
+    image, size = read_image(query_image(entry.given, entry.name, number)), manifest["image_shape"]
+    if list(image.shape) != list(size):
+        raise UserError(
+            f"synthesize.queries: the image of {query} in {entry.given} has {image.shape[0]} pixels a side, those of "
+            f"the training data {size[0]}: set prepare.size: {image.shape[0]}."
+        )
+    return record, arrays, image
+
+
+def _made_of(layout: Layout, query: str) -> dict[str, str]:
+    """Files that a query is made of by role: θ0's weights, and those of a release."""
+    if not layout.config.given_query(query):
+        return {"weights": layout.weights}
+    entry, number = layout.config.given_query(query)
+    files = query_files(entry.given, entry.name) | {"image": query_image(entry.given, entry.name, number)}
+    return {"weights": layout.weights} | files
 
 
 def generate_query(layout: Layout, unet: UNet2DConditionModel, query: str) -> tuple[dict, dict[str, np.ndarray]]:

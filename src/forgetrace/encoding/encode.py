@@ -66,7 +66,8 @@ def encode(layout: Layout, device: "torch.device | str" = "cpu") -> None:
     if settings.given:
         take_encoded(layout, [row["id"] for row in rows], texts, device)
         # Which holds the hashes of the rest.
-        encoders, inputs = [None], inputs | {"given": encoded_files(settings.given)["manifest"]}
+        encoders = [text_source(settings) if settings.pipeline else None]  # of the empty caption's state
+        inputs |= {"given": encoded_files(settings.given)["manifest"]}
     else:
         encoders = _run_encoders(layout, [row["file_name"] for row in rows], captions, tuple(shape), device)
     made_by = provenance(layout.config.digest_of("encode"), inputs)

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forgetrace.artifacts import UserError, atomic, fingerprint, read_array, read_json, write_array_in_parts
+from forgetrace.artifacts import (
+    UserError,
+    atomic,
+    fingerprint,
+    read_array,
+    read_json,
+    sha256_of,
+    write_array_in_parts,
+)
 from forgetrace.config import Config
 from forgetrace.layout import Layout
 
@@ -91,21 +99,34 @@ def check_given(config: Config, images: int | None = None) -> None:
             count = read_queries(folder, entry.name)["count"]
             if entry.count > count:
                 raise UserError(f"synthesize.queries: {folder} has {count} queries '{entry.name}', not {entry.count}.")
-    for curvature in sorted({variant.curvature for variant in config.unlearn.values()} - {"none"}):
+    for curvature in sorted(_curvatures(config)):
         if config.fit.given and not Path(path := fitted_file(config.fit.given, curvature)).is_file():
             raise UserError(
                 f"fit.given: {path} is missing, the release has no curvature '{curvature}': choose the one it has for "
-                f"every variant, or run `{IMPORT}` again."
+                f"every variant and method, or run `{IMPORT}` again."
             )
 
 
+def _curvatures(config: Config) -> set[str]:
+    """Curvatures that variants step by and influence functions invert."""
+    methods = config.score.methods.items()
+    inverted = {own.curvature or "diagonal" for name, own in methods if (own.attributor or name) == "influence"}
+    return ({variant.curvature for variant in config.unlearn.values()} | inverted) - {"none"}
+
+
+def given_fits(folder: str | None) -> dict[str, str]:
+    """Files of the curvatures that a folder has, by name; none without a folder."""
+    paths = {curvature: fitted_file(folder, curvature) for curvature in FITTED} if folder else {}
+    return {curvature: path for curvature, path in paths.items() if Path(path).is_file()}
+
+
 def read_manifest(folder: str) -> dict:
-    """The manifest of the encoded images: ``images``, ``captions``, ``order``.
+    """The manifest of the encoded images: ``images``, ``captions``, ``order``, ``sha256`` of the arrays by role.
 
     Raises:
         UserError: the folder does not hold them.
     """
-    return _read(encoded_files(folder), "manifest", "encode.given", ("images", "captions", "order"))
+    return _read(encoded_files(folder), "manifest", "encode.given", ("images", "captions", "order", "sha256"))
 
 
 def read_queries(folder: str, name: str) -> dict:
@@ -155,6 +176,8 @@ def take_encoded(layout: Layout, ids: list[str], texts: list[list[str]], device:
     for role, array, rows in (("latents", latents, 2 * len(ids)), ("captions", states, captions + 1)):
         if len(array) != rows:
             raise UserError(f"{files[role]} has {len(array)} rows, not {rows}: delete it and run `{IMPORT}` again.")
+        if found["sha256"].get(role) != sha256_of(files[role]):
+            raise UserError(f"{files[role]} has changed since it was made: delete it and run `{IMPORT}` again.")
     _link(files["latents"], layout.latents)
     if settings.pipeline:
         parts = _with_empty(states, _empty_state(layout, states.shape, device))

@@ -34,6 +34,7 @@ from forgetrace.curvature.fit import fit
 from forgetrace.diffusion.device import pick_device, resolve_precision
 from forgetrace.diffusion.model import load_unet
 from forgetrace.diffusion.training import Training, discard_checkpoints, train, training_key
+from forgetrace.encoding.given import fitted_file, given_fits
 from forgetrace.encoding.store import load_encoded
 from forgetrace.evaluation.lds import correlations, read_halves
 from forgetrace.layout import Layout
@@ -173,7 +174,8 @@ def _with(layout: Layout, method: str, option: str, value: object) -> Layout:
 
 def _beneath(layout: Layout) -> dict:
     """What unlearned weights and their scans hang on beside the variant."""
-    inputs = {"weights": layout.weights, "encoded": layout.encode_manifest}
+    given = given_fits(layout.config.fit.given)
+    inputs = {"weights": layout.weights, "encoded": layout.encode_manifest} | given
     settings = layout.config.digest_of("seed", "synthesize", "fit", "scan")
     versions = stage_versions("synthesize", "fit", "unlearn", "scan")
     return {"settings": settings, "versions": versions, "inputs": provenance({}, inputs)["inputs"]}
@@ -200,10 +202,14 @@ def _scores(layout: Layout, method: str, queries: list[str], device: str) -> dic
 
 
 def _is_fitted(layout: Layout, curvature: str) -> bool:
-    """Whether an earlier run left this curvature of this model, estimated on as many draws."""
+    """Whether an earlier run left this curvature of this model: estimated on as many draws, or the same given one."""
+    settings = layout.config.fit
     try:
         made_by = read_tensors_provenance(layout.fitted(curvature)[0])
-        same_draws = made_by["config"]["fit"]["draws"] == layout.config.fit.draws
+        same_draws = made_by["config"]["fit"]["draws"] == settings.draws
     except (UserError, KeyError):
         return False
-    return same_draws and made_by["inputs"]["weights"] == sha256_of(layout.weights)
+    inputs = {"weights": sha256_of(layout.weights)}
+    if settings.given:
+        inputs["given"] = sha256_of(fitted_file(settings.given, curvature))
+    return same_draws and made_by["inputs"] == inputs

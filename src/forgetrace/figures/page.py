@@ -1,6 +1,7 @@
 """A page measured in inches from its top left corner, for grids of images and short texts."""
 
 import textwrap
+from unicodedata import east_asian_width
 
 import matplotlib as mpl
 import numpy as np
@@ -11,6 +12,7 @@ from forgetrace.figures.style import FAINT, INK, MUTED, PAPER
 # 0.8 inches are 128 pixels at the figures' resolution: pixels of a 16x16 image become 8x8 squares.
 TILE = 0.8
 LETTER = 0.66  # width of a letter of bold print, over its size
+SECOND = "\ue000"  # stands for the other half of a wide letter while a text is broken into lines; in no text itself
 
 
 class Page:
@@ -93,10 +95,11 @@ class Page:
 def lines(text: str, inches: float, size: float, most: int | None = None) -> list[str]:
     """A text broken into lines that fit a width; with ``most`` lines it ends in an ellipsis where it is longer.
 
-    Letters are taken to be as wide as those of bold print; ``size`` in points.
+    Letters are taken to be as wide as those of bold print, East Asian ones as two; ``size`` in points.
     """
     letters = max(3, int(72 * inches / (LETTER * size)))
-    return textwrap.wrap(text, letters, max_lines=most, placeholder=" …")
+    counted = "".join(letter + SECOND * (east_asian_width(letter) in "WF") for letter in text)
+    return [line.replace(SECOND, "") for line in textwrap.wrap(counted, letters, max_lines=most, placeholder=" …")]
 
 
 def _whole_pixels(inches: float) -> float:

@@ -63,6 +63,8 @@ class _Problems:
         """The array in a file, memory-mapped, where it is whole and of this shape; None stands for any size."""
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):  # an .npz under this name
+                raise ValueError("no single array")
         except Exception as error:  # a damaged file makes numpy raise nearly anything
             reason = str(error).split("\n")[0] or type(error).__name__
             self.found.append(f"{path} is no whole .npy file ({reason}): download it again.")
@@ -99,8 +101,11 @@ def check(release: Release) -> Contents:
     prompts, sizes = {}, {}
     for queries in release.queries:
         prompts[queries.name] = _queries(problems, queries, latents, captions, sizes)
-    if sizes and len(set(sizes.values())) > 1:
-        first, other = (next(path for path, size in sizes.items() if size == each) for each in set(sizes.values()))
+    first_of = {}
+    for path, size in sizes.items():
+        first_of.setdefault(size, path)
+    if len(first_of) > 1:
+        first, other, *_ = first_of.values()
         problems.expect(False, f"{other} has other sides than {first}, expected squares of one size: {AGAIN}.")
     if len(problems.found) == 1:
         raise UserError(problems.found[0])

@@ -93,6 +93,8 @@ def compare_losses(layout: Layout, path: Path) -> dict[str, float]:
     Raises:
         UserError: a file is missing or damaged, or of other images.
     """
+    if not path.is_file():
+        raise UserError(f"--losses {path}: there is no such file; name the release's pretrain_loss.npy.")
     own, theirs = read_arrays(layout.base_scan)["losses"].mean(axis=1, dtype=float), read_array(path)
     if theirs.shape != own.shape or theirs.dtype.kind != "f" or not np.isfinite(theirs).all():
         raise UserError(

@@ -4,8 +4,11 @@ Large arrays are read and written some rows at a time. A file appears under its 
 says what it was made of: a second run makes what is missing, or was made of files that have changed since.
 """
 
+import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ from forgetrace.artifacts import (
 from forgetrace.encoding.given import distinct, encoded_files, fitted_file, order_of, query_files, query_image
 from forgetrace.progress import progress
 from forgetrace.release.check import AGAIN, Contents, check
-from forgetrace.release.draft import experiment_name, write_config
+from forgetrace.release.draft import config_file, experiment_name, write_config
 from forgetrace.release.fisher import read_fisher
 from forgetrace.release.model import empty_unet, load_saved, published_scheduler
 from forgetrace.release.source import QueryFiles, Release, recognise
@@ -47,11 +50,45 @@ def import_release(source: Path, folder: Path, name: str | None = None) -> tuple
         The config and a sentence on what was found.
 
     Raises:
-        UserError: the source is no such release, or its files are damaged or do not fit together.
+        UserError: the source is no such release, or its files are damaged or do not fit together; the config is of
+            other data; or another import writes to the folder.
     """
-    name = experiment_name(name, folder)
+    config = config_file(experiment_name(name, folder), folder)
     release = recognise(source)
     contents = check(release)
+    with alone_in(folder):
+        kept = _convert(release, contents, source, folder, config)
+    found = (
+        f"{release.kind}: {len(contents.ids)} images, {len(distinct(contents.texts))} distinct captions, "
+        + ", ".join(f"{len(prompts)} queries '{each}'" for each, prompts in contents.prompts.items())
+        + (f"; {config} was there and is kept as it is" if kept else "")
+    )
+    return config, found + "."
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a lock on the folder, which the kernel drops with the process: an import clears what a killed one left.
+
+    Raises:
+        UserError: another import holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"Another import writes to {folder}: wait for it, then run again.") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def _convert(release: Release, contents: Contents, source: Path, folder: Path, config: Path) -> bool:
+    """Convert everything; returns whether there was a config."""
     once = _Once(folder, source, release.kind)
     files = encoded_files(folder.as_posix())
     _convert_model(once, release, contents)
@@ -65,13 +102,7 @@ def import_release(source: Path, folder: Path, name: str | None = None) -> tuple
     for queries in release.queries:
         _convert_queries(once, queries, contents.prompts[queries.name])
     _convert_fisher(once, release, contents)
-    config, kept = write_config(name, release, contents, folder)
-    found = (
-        f"{release.kind}: {len(contents.ids)} images, {len(distinct(contents.texts))} distinct captions, "
-        + ", ".join(f"{len(prompts)} queries '{each}'" for each, prompts in contents.prompts.items())
-        + (f"; {config} was there and is kept as it is" if kept else "")
-    )
-    return config, found + "."
+    return write_config(config, release, contents, folder)
 
 
 class _Once:

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from forgetrace.artifacts import UserError, atomic
-from forgetrace.config import NAME, parse_config, quoted
+from forgetrace.config import NAME, load_config, parse_config, quoted
 from forgetrace.release.check import Contents
 from forgetrace.release.source import Release
 
@@ -56,7 +56,7 @@ unlearn:
   unlearn: {{{step}}}
 scan:
   timesteps: 20  # 0, 50, …, 950
-  noise: release  # theirs, on the kind of device the published scores were computed on (CUDA)
+  noise: release  # theirs, on the model of GPU that the published scores were computed on
   batch_size: 2000  # UNet evaluations at once; lower it on a small GPU, results stay
 score:
   methods:
@@ -78,14 +78,27 @@ def experiment_name(name: str | None, folder: Path) -> str:
     return own
 
 
-def write_config(name: str, release: Release, contents: Contents, folder: Path) -> tuple[Path, bool]:
-    """Write ``config/<name>.yaml``; returns it and whether one was there, which is kept."""
+def config_file(name: str, folder: Path) -> Path:
+    """``config/<name>.yaml``.
+
+    Raises:
+        UserError: it is there and of other data than this folder's.
+    """
     file = Path("config", f"{name}.yaml")
     if file.exists():
-        return file, True
+        given = load_config(file).encode.given
+        if given is None or Path(given).resolve() != folder.resolve():
+            raise UserError(f"{file} is there and does not use {folder}: give --name for another one.")
+    return file
+
+
+def write_config(file: Path, release: Release, contents: Contents, folder: Path) -> bool:
+    """Write the config; returns whether one was there, which is kept."""
+    if file.exists():
+        return True
     target = quoted(folder.as_posix())
     text = TEMPLATE.format(
-        kind=release.kind, source=release.model.parent.as_posix(), folder=folder.as_posix(), name=name, file=file,
+        kind=release.kind, source=release.model.parent.as_posix(), folder=folder.as_posix(), name=file.stem, file=file,
         data=quoted(release.data.as_posix()), size=contents.size, target=target,
         captions=len({caption for own in contents.texts for caption in own}),
         queries="\n".join(
@@ -97,4 +110,4 @@ def write_config(name: str, release: Release, contents: Contents, folder: Path) 
     parse_config(yaml.safe_load(text), file)
     with atomic(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return file, False
+    return False
