@@ -561,6 +561,11 @@ class Evaluate(Section):
         "forgetting it spares them (AbU: 99; 0: not done).",
         exclude_if=_unused,
     )
+    reference: str | None = Field(
+        None,
+        description="Method that the pooled protocol compares every other with, besides random.",
+        exclude_if=_unused,
+    )
 
 
 class Figures(Section):
@@ -605,6 +610,8 @@ class Config(Section):
         for method in self.retrain.methods:
             if method not in self.score.methods:
                 raise ValueError(f"retrain.methods: '{method}' is not one of score.methods")
+        if self.evaluate.reference and self.evaluate.reference not in self.score.methods:
+            raise ValueError(f"evaluate.reference: '{self.evaluate.reference}' is not one of score.methods")
         for key in ("methods", "k", "pooled_k"):
             values = getattr(self.retrain, key)
             if len(set(values)) != len(values):

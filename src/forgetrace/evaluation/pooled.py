@@ -21,7 +21,8 @@ from forgetrace.layout import Layout
 
 POOLED = [
     "method", "k", "metric", "n_queries", "pools", "union", "control_share",
-    "target", "control", "difference", "se", "ci_low", "ci_high", "p_vs_random", "p_vs_random_holm",
+    "target", "control", "difference", "se", "ci_low", "ci_high", "p_vs_random",
+    "vs_reference", "p_vs_reference", "p_vs_random_holm", "p_vs_reference_holm",
 ]  # fmt: skip
 METRICS = {"delta_loss": "loss", "delta_mse": "mse"}  # and what a model's record calls it
 
@@ -30,7 +31,8 @@ def pooled(layout: Layout, partial: bool = False) -> pd.DataFrame:
     """Every method, K and metric: means of targets and controls, their difference with interval and p against random.
 
     ``union`` is the mean number of images a pool left out, ``control_share`` the share of a control's own top K that
-    was among them. With a single pool there are no controls, and their columns are empty.
+    was among them. With a single pool there are no controls, and their columns are empty. ``vs_reference`` is how much
+    larger the difference is than that of ``evaluate.reference``, over the queries; empty where there is none.
 
     Args:
         layout: the experiment.
@@ -52,11 +54,15 @@ def pooled(layout: Layout, partial: bool = False) -> pd.DataFrame:
             samples = {method: _values(layout, own, queries, metric) for method, own in models.items()}
             for method, values in samples.items():
                 if len(values):
-                    random = samples.get(RANDOM) if method != RANDOM else None
-                    pools, found = config.retrain.pools, _summary(values, random, layout)
-                    rows.append((method, k, metric, len(values), pools, *sizes[method], *found))
-    table = pd.DataFrame(rows, columns=POOLED[:-1])
-    return table.assign(p_vs_random_holm=table.groupby(["k", "metric"])["p_vs_random"].transform(holm))
+                    random, reference = (
+                        samples.get(other) if other != method else None for other in (RANDOM, config.evaluate.reference)
+                    )
+                    found = *_summary(values, layout), _against(values, random, layout)[1]
+                    pools, compared = config.retrain.pools, _against(values, reference, layout)
+                    rows.append((method, k, metric, len(values), pools, *sizes[method], *found, *compared))
+    table = pd.DataFrame(rows, columns=POOLED[:-2])
+    ps = table.groupby(["k", "metric"])[["p_vs_random", "p_vs_reference"]].transform(holm)
+    return table.join(ps.add_suffix("_holm"))
 
 
 def _values(layout: Layout, models: list[Model], queries: list[str], metric: str) -> pd.DataFrame:
@@ -73,20 +79,25 @@ def _values(layout: Layout, models: list[Model], queries: list[str], metric: str
     return pd.DataFrame.from_dict(rows, orient="index", columns=["target", "control"])
 
 
-def _summary(values: pd.DataFrame, random: pd.DataFrame | None, layout: Layout) -> tuple[float, ...]:
-    """Columns target to p_vs_random of one row; ``random`` holds the values of random images where there are any."""
+def _summary(values: pd.DataFrame, layout: Layout) -> tuple[float, ...]:
+    """Columns target to ci_high of one row."""
     difference = (values["target"] - values["control"]).to_numpy()
     target, control = values["target"].mean(), values["control"].mean()
     if np.isnan(control):
-        return (target, *[np.nan] * 6)
+        return (target, *[np.nan] * 5)
     seed = layout.config.seed
     low, high = interval(
         bootstrap_means([difference[:, None]], layout.config.evaluate.bootstrap, seed)[0], len(difference)
     )
-    p = np.nan
-    if random is not None:
-        p = sign_flip_test(difference - (random["target"] - random["control"]).to_numpy(), seed)
-    return target, control, difference.mean(), standard_error(difference), low, high, p
+    return target, control, difference.mean(), standard_error(difference), low, high
+
+
+def _against(values: pd.DataFrame, other: pd.DataFrame | None, layout: Layout) -> tuple[float, float]:
+    """How much larger the difference is than another method's, the mean over queries, and p; NaN without the other."""
+    if other is None or other.empty or values["control"].isna().any():
+        return np.nan, np.nan
+    more = (values["target"] - values["control"]) - (other["target"] - other["control"])
+    return more.mean(), sign_flip_test(more.to_numpy(), layout.config.seed)
 
 
 def _sizes(layout: Layout, method: str, k: int) -> tuple[float, float]:
