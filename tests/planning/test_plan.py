@@ -145,6 +145,18 @@ def test_a_rate_leaves_out_what_is_done_once(monkeypatch):
     assert max(warm) == 32  # the first of 1, 2, 4, … to take 0.3 s longer than one
 
 
+def test_a_long_unit_is_timed_once(monkeypatch):
+    now, calls = [0.0], []
+
+    def run(repetitions: int) -> None:
+        now[0] += 30 * repetitions
+        calls.append(repetitions)
+
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: now[0])
+    unit = rate(run, size=4)
+    assert (unit.each, unit.first, calls) == (7.5, 0, [1])
+
+
 def test_a_job_takes_its_start_and_its_share_of_units():
     units = {work.TORCH: Unit(3, 0, 0), work.SCAN: Unit(0.01, 0.5, 0)}
     assert estimate.job_seconds(Work(2, {work.TORCH: 2, work.SCAN: 200}), units) == pytest.approx(3 + 0.5 + 1)

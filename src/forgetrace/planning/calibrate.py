@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from forgetrace.encoding.store import Encoded
 
 IMAGES, CAPTIONS = 256, 64  # of the training data, for units with torch
+LONG = 10  # seconds of a first call beside which what is done once does not count
 # Keys that may name files, by section.
 PATHS = {"prepare": ["path"], "encode": ["pipeline"], "train": ["pretrained", "parent", "lora"]}
 
@@ -43,7 +44,8 @@ class Unit(NamedTuple):
 def rate(run: Callable[[int], object], size: int = 1, seconds: float = 0.3, whose: int = RUSAGE_SELF) -> Unit:
     """Time ``run(n)``, n repetitions of ``size`` units, for growing n until it takes ``seconds`` longer than one.
 
-    What a call does once counts as the first unit's. With 0 seconds a single, first repetition is timed.
+    What a call does once counts as the first unit's. With 0 seconds a single, first repetition is timed, and so it is
+    where that alone takes long: a large network on a CPU is planned in minutes.
     """
 
     def timed(repetitions: int) -> float:
@@ -52,7 +54,7 @@ def rate(run: Callable[[int], object], size: int = 1, seconds: float = 0.3, whos
         return time.perf_counter() - start
 
     first = each = timed(1)
-    if seconds:
+    if seconds and first < LONG:
         repetitions, once = 1, timed(1)
         more = once
         while more - once < seconds:
