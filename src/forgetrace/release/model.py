@@ -17,25 +17,36 @@ from forgetrace.artifacts import UserError
 
 HEADS, TIMESTEPS = 8, 1000
 KEYS = "attn2.to_k.weight"  # of any cross-attention
+AGAIN = "download it again"
 
 
-def load_saved(path: Path) -> dict[str, torch.Tensor]:
-    """Named tensors as ``torch.save`` wrote them, from the disk as they are asked for where the format allows it.
+def load_restricted(path: Path) -> object:
+    """What ``torch.save`` wrote, if it is tensors in plain containers; from the disk as they are asked for.
 
     Raises:
-        UserError: the file is damaged, or holds anything but named tensors.
+        UserError: the file is missing or damaged, or holds anything that would have to be run to be read.
     """
-    again = "download it again"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {AGAIN}, or name the folder it is in.") from None
     except Exception as error:  # a damaged file makes torch raise nearly anything, a malicious one UnpicklingError
         refused = re.search(r"(?:Unsupported|Trying to) [^\n]*?(?= was not| by default|\n|$)", str(error))
         reason = refused[0] if refused else str(error).split("\n")[0][:200] or type(error).__name__
-        raise UserError(f"{path} cannot be read as tensors alone ({reason}): {again}.") from None
+        raise UserError(f"{path} cannot be read as tensors alone ({reason}): {AGAIN}.") from None
+
+
+def load_saved(path: Path) -> dict[str, torch.Tensor]:
+    """Named tensors as ``torch.save`` wrote them.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds anything but named tensors.
+    """
+    content = load_restricted(path)
     if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path} holds no tensors by name but {type(content).__name__}: {again}.")
+        raise UserError(f"{path} holds no tensors by name but {type(content).__name__}: {AGAIN}.")
     if odd := [name for name, value in content.items() if not isinstance(value, torch.Tensor)]:
-        raise UserError(f"{path} holds '{odd[0]}', which is no tensor but {type(content[odd[0]]).__name__}: {again}.")
+        raise UserError(f"{path} holds '{odd[0]}', which is no tensor but {type(content[odd[0]]).__name__}: {AGAIN}.")
     return dict(content)
 
 
