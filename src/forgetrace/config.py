@@ -32,6 +32,8 @@ RECIPE = {
     "steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "gradient_clip", "ema_decay",
     "caption_dropout", "precision", "snapshots", "checkpoint_every",
 }  # fmt: skip
+# Of these, what a given model was trained by cannot be guessed: leave-K-out models need them said.
+NEEDED = ("steps", "batch_size", "learning_rate")
 # What the options of a procedure are where the config does not say and Variant's defaults do not suit it.
 PROCEDURES = {
     "adam": {"curvature": "none"},
@@ -216,7 +218,8 @@ class Train(Section):
     parent: str | None = Field(
         None,
         description="What training starts from instead of random weights, named like pretrained; with pretrained, "
-        "what that was fine-tuned from by the recipe of this section, without which leave-K-out models are impossible.",
+        "what that was fine-tuned from by the recipe of this section, whose steps, batch_size and learning_rate must be "
+        "given: without them leave-K-out models are impossible.",
         exclude_if=_unused,
     )
     threads: Positive = Field(1, description="CPU threads of one training; the same for θ0 and retrainings.")
@@ -233,11 +236,23 @@ class Train(Section):
     @property
     def trains(self) -> bool:
         """Whether this experiment can train models: not where θ0 is given and nobody says from what and how."""
-        return not self.pretrained or bool(self.parent)
+        return self.lacks is None
+
+    @property
+    def lacks(self) -> str | None:
+        """What the config does not say, so that no model can be trained; None where one can."""
+        if not self.pretrained:
+            return None
+        if self.lora:
+            return "no recipe here trains LoRA weights, so what they were trained without cannot be tried"
+        if not self.parent:
+            return "name what the given θ0 was fine-tuned from in train.parent, and give its recipe"
+        missing = [f"train.{key}" for key in NEEDED if key not in self.model_fields_set]
+        return f"say how the given θ0 was fine-tuned: {', '.join(missing)} missing" if missing else None
 
     @model_validator(mode="after")
     def _given(self):
-        fixed = ARCHITECTURE | (set() if self.trains else RECIPE)
+        fixed = ARCHITECTURE | (RECIPE if self.pretrained and not self.parent else set())
         if self.given and (useless := sorted(fixed & self.model_fields_set)):
             raise ValueError(f"{useless[0]} has no effect with {self.given[1].partition('.')[2]}: remove it")
         if self.lora and (self.parent or not self.pretrained):
@@ -604,8 +619,7 @@ class Config(Section):
             asked := [k for k in ("methods", "subsets", "pools") if getattr(self.retrain, k)]
         ):
             raise ValueError(
-                f"retrain.{asked[0]}: models without some images cannot be trained, for nobody says what the given θ0 "
-                "was trained from: name it in train.parent and give its recipe, or remove the key"
+                f"retrain.{asked[0]}: models without some images cannot be trained: {self.train.lacks}; or remove the key"
             )
         for method in self.retrain.methods:
             if method not in self.score.methods:

@@ -193,12 +193,36 @@ def test_models_that_do_not_fit_are_one_sentence(folder):
         ({"parent": "x", "schedule": "linear"}, {}, "schedule has no effect with parent"),
         ({"parent": "x", "lora": "y"}, {}, "lora needs pretrained, and cannot be retrained"),
         ({"pretrained": "x"}, {"retrain": {"methods": ["text"]}}, "retrain.methods: models without some images cannot"),
-        ({"pretrained": "x"}, {"retrain": {"subsets": 3}}, "retrain.subsets: .* name it in train.parent"),
+        ({"pretrained": "x"}, {"retrain": {"subsets": 3}}, "retrain.subsets: .* name what .* in train.parent"),
+        (
+            {"pretrained": "x", "parent": "y", "steps": 200},
+            {"retrain": {"pools": 1}},
+            "retrain.pools: .*train.batch_size, train.learning_rate missing; or remove the key",
+        ),
+        ({"pretrained": "x", "lora": "y"}, {"retrain": {"subsets": 3}}, "no recipe here trains LoRA weights"),
     ],
 )
 def test_what_cannot_be_is_refused(train, sections, sentence):
     with pytest.raises(UserError, match=sentence):
         experiment(train, **sections)
+
+
+@pytest.mark.parametrize(
+    ("train", "trains"),
+    [
+        ({}, True),
+        ({"parent": "x"}, True),
+        ({"pretrained": "x"}, False),
+        ({"pretrained": "x", "parent": "y"}, False),
+        ({"pretrained": "x", "parent": "y", "steps": 200, "learning_rate": 1e-4}, False),
+        ({"pretrained": "x", "parent": "y", "steps": 200, "learning_rate": 1e-4, "batch_size": 8}, True),
+        ({"pretrained": "x", "lora": "y"}, False),
+    ],
+)
+def test_leave_k_out_models_need_the_parent_and_the_recipe(train, trains):
+    config = experiment(train).config
+    assert config.train.trains == trains
+    assert bool(config.judged_queries()) == trains
 
 
 def test_methods_that_watch_training_are_refused():
@@ -286,7 +310,7 @@ def test_schedules_and_blocks_of_other_kinds_are_refused(folder):
 
 
 def test_a_parent_that_cannot_be_is_refused_before_hours_of_training(folder):
-    layout = encoded(experiment({"pretrained": "pipeline", "parent": "other", **RECIPE}))
+    layout = encoded(experiment({"pretrained": "pipeline", "parent": "other", **RECIPE, "learning_rate": 1e-3}))
     shutil.copytree(folder, "other")
     train_base(layout, CPU)
     scheduled(Path("other"), prediction_type="v_prediction")

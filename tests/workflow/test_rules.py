@@ -158,9 +158,11 @@ def test_a_given_model_without_its_parent_has_no_counterfactual(checkout):
     # A model that is a folder here is an input like any other; changing it runs what reads it again.
     assert "sd/unet/config.json" in jobs["train"]
     assert "sd/vae/config.json" in jobs["encode"]
-    parent = given | {"train": {"pretrained": "sd", "parent": "other/model", "steps": 200}}
-    (checkout.folder / "given.yaml").write_text(yaml.safe_dump(parent))
-    assert {"retrain_shared", "measure"} <= checkout.planned("--configfile", "given.yaml").keys()
+    recipe = {"steps": 200, "batch_size": 8}
+    for rate, trains in ({}, False), ({"learning_rate": 1e-4}, True):
+        parent = given | {"train": {"pretrained": "sd", "parent": "other/model", **recipe, **rate}}
+        (checkout.folder / "given.yaml").write_text(yaml.safe_dump(parent))
+        assert ({"retrain_shared", "measure"} <= checkout.planned("--configfile", "given.yaml").keys()) == trains
     (checkout.folder / "given.yaml").write_text(yaml.safe_dump(given | {"train": {"parent": "sd", "steps": 200}}))
     planned = checkout("snakemake", "-n", "all_retrain", "--configfile", "given.yaml").stdout
     trainings = [job for job in planned.split("rule ") if job.startswith(("train:", "retrain"))]

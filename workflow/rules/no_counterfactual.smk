@@ -1,9 +1,6 @@
 # In place of counterfactual.smk where θ0 is given and nobody says what it was trained from, and how.
 
-print(
-    "No leave-K-out models: name what the given θ0 was fine-tuned from in train.parent, and give its recipe.",
-    file=sys.stderr,
-)
+print(f"No leave-K-out models: {layout.config.train.lacks}.", file=sys.stderr)
 
 
 rule all_retrain:

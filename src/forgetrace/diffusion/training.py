@@ -103,11 +103,8 @@ def train(
         UserError: the batch cannot be split between the processes, or the loss is not finite.
     """
     recipe = layout.config.train
-    if not recipe.trains:
-        raise UserError(
-            "No model can be trained here: nobody says what train.pretrained was trained from. Name it in train.parent "
-            "and give its recipe."
-        )
+    if recipe.lacks:
+        raise UserError(f"No model can be trained here: {recipe.lacks}.")
     torch.set_num_threads(recipe.threads)
     target = pick_device(device)
     precision = resolve_precision(recipe.precision, target)
