@@ -218,8 +218,8 @@ class Train(Section):
     parent: str | None = Field(
         None,
         description="What training starts from instead of random weights, named like pretrained; with pretrained, "
-        "what that was fine-tuned from by the recipe of this section, whose steps, batch_size and learning_rate must be "
-        "given: without them leave-K-out models are impossible.",
+        "what that was fine-tuned from by the recipe of this section, whose steps, batch_size and learning_rate must "
+        "be given: without them leave-K-out models are impossible.",
         exclude_if=_unused,
     )
     threads: Positive = Field(1, description="CPU threads of one training; the same for θ0 and retrainings.")
@@ -619,7 +619,8 @@ class Config(Section):
             asked := [k for k in ("methods", "subsets", "pools") if getattr(self.retrain, k)]
         ):
             raise ValueError(
-                f"retrain.{asked[0]}: models without some images cannot be trained: {self.train.lacks}; or remove the key"
+                f"retrain.{asked[0]}: models without some images cannot be trained: {self.train.lacks}; or remove the "
+                "key"
             )
         for method in self.retrain.methods:
             if method not in self.score.methods:

@@ -6,6 +6,7 @@ import pytest
 from forgetrace.artifacts import read_array, read_image, read_table, write_image
 from forgetrace.attribution.baselines import Pixel, PixelL2, Random, Text, cosine, pool_tokens
 from forgetrace.attribution.registry import attributor
+from forgetrace.datasets.images import TrainingImages
 from forgetrace.encoding.store import load_encoded
 
 from ..conftest import CAPTIONS, IMAGES, fake_token_states, settings
@@ -40,6 +41,25 @@ def test_the_query_itself_is_the_nearest_picture(tiny, method):
     a, b = images[3].ravel(), images[17].ravel()
     expected = a @ b / np.sqrt((a @ a) * (b @ b)) if method == "pixel" else -((a - b) ** 2).sum()
     assert scores[3] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["pixel", "pixel-l2"])
+def test_training_images_are_read_once_for_all_queries_and_orientations(tiny, monkeypatch, method):
+    encode = tiny.config.encode.model_copy(update={"flips": True})
+    flipped = replace(tiny, config=tiny.config.model_copy(update={"encode": encode}))
+    alone = {name: attributor(flipped, method).scores(name) for name in ("report-00", "report-01")}
+    read, opened = TrainingImages.__call__, []
+    monkeypatch.setattr(TrainingImages, "__call__", lambda self, name: opened.append(name) or read(self, name))
+    together = attributor(flipped, method).scores_of(["report-01", "report-00"])
+    assert len(opened) == len(set(opened)) == IMAGES
+    assert all(np.array_equal(together[name], scores) for name, scores in alone.items())
+    # The larger of what the picture and its mirror image have.
+    picture = read_image(tiny.query("report-00")["image"])
+    views = []
+    for side in (1, -1):
+        write_image(tiny.query("report-00")["image"], picture[:, ::side])
+        views.append(attributor(tiny, method).scores("report-00"))
+    np.testing.assert_array_equal(alone["report-00"], np.maximum(*views))
 
 
 def test_pixel_scores_of_a_users_image(tiny):

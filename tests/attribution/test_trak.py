@@ -1,3 +1,4 @@
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +32,16 @@ SAMPLED = {"queries": [{"pool": "report", "count": 2}], "sampler_steps": 3, "gui
 
 def config(methods: dict = METHODS, queries: dict = SAMPLED) -> Config:
     return settings(synthesize=queries, score={"methods": methods}, retrain={"methods": []}, fit={"chunk": 80})
+
+
+def test_the_kernel_is_summed_in_place(monkeypatch):
+    features = np.random.default_rng(0).standard_normal((2400, 1200), dtype=np.float32)
+    monkeypatch.setattr(kernel, "HELD", 50 * 1200)
+    tracemalloc.start()
+    kernel_scores(features, features[:1], damping=1.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * 8 * 1200**2  # a second matrix beside the sum would be twice of it
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ the cosine because a cosine of pixels is dominated by the background's brightnes
 import numpy as np
 
 from forgetrace.artifacts import read_array, read_arrays, read_image, read_table
-from forgetrace.attribution.contract import Attributor
+from forgetrace.attribution.contract import Attributor, Together
 from forgetrace.datasets.images import TrainingImages
 from forgetrace.randomness import generator
 
@@ -15,10 +15,11 @@ AT_ONCE = 2**26  # float64 numbers in memory, half a gigabyte: all digits
 CAPTIONS = 2**8  # captions in memory
 
 
-class Pixel(Attributor):
-    """Cosine similarity of pixels in [-1, 1]."""
+class Pixel(Together):
+    """Cosine similarity of pixels in [-1, 1]; the training images are read once for all queries."""
 
     summary = "cosine similarity of the pixels"
+    opens_images = True
 
     def inputs(self, query: str) -> list[str]:
         """The index (for file names), the dataset and the query's image."""
@@ -28,19 +29,19 @@ class Pixel(Attributor):
         """Whether queries are compared mirrored too."""
         return {"flips": True} if self.layout.config.encode.flips else {}
 
-    def scores(self, query: str) -> np.ndarray:
-        """Similarity of every training image to the query; where D is flipped, to the nearer of its orientations."""
-        pixels = read_image(self.layout.query(query)["image"])
-        scores = self._similarities(self._flat(pixels))
-        if not self.layout.config.encode.flips:
-            return scores
-        return np.maximum(scores, self._similarities(self._flat(pixels[:, ::-1])))
-
-    def _similarities(self, own: np.ndarray) -> np.ndarray:
+    def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
+        """Similarity of every training image to each query; where D is flipped, to the nearer of its orientations."""
+        pixels = [read_image(self.layout.query(query)["image"]) for query in queries]
+        sides = [1, -1] if self.layout.config.encode.flips else [1]
+        own = [[self._flat(image[:, ::side]) for side in sides] for image in pixels]
         names, read = read_table(self.layout.index)["file_name"].tolist(), TrainingImages(self.layout)
-        block = max(1, AT_ONCE // len(own))
-        parts = (names[start : start + block] for start in range(0, len(names), block))
-        return np.concatenate([self.similarity(np.stack([self._flat(read(n)) for n in part]), own) for part in parts])
+        block = max(1, AT_ONCE // len(own[0][0]))
+        scores = np.empty((len(queries), len(names)))
+        for start in range(0, len(names), block):
+            images = np.stack([self._flat(read(name)) for name in names[start : start + block]])
+            for row, views in zip(scores, own, strict=True):
+                row[start : start + block] = np.max([self.similarity(images, view) for view in views], axis=0)
+        return dict(zip(queries, scores, strict=True))
 
     @staticmethod
     def similarity(images: np.ndarray, query: np.ndarray) -> np.ndarray:

@@ -72,6 +72,7 @@ class Attributor(ABC):
     Attributes:
         summary: one line for the list of methods.
         reads: options of the entry under ``score.methods`` that the method uses; others are refused.
+        opens_images: whether its scores need the files of all training images, which takes hours where there are many.
         layout: the experiment's files.
         method: the method's name in the config.
         options: its entry under ``score.methods``.
@@ -80,6 +81,7 @@ class Attributor(ABC):
 
     summary: ClassVar[str]
     reads: ClassVar[frozenset[str]] = frozenset()
+    opens_images: ClassVar[bool] = False
 
     def __init__(self, layout: Layout, method: str, device: str = "auto"):
         self.layout = layout

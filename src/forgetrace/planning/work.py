@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from forgetrace.attribution.registry import together
+from forgetrace.attribution.registry import attributor, together
 from forgetrace.config import RANDOM, SEED_SET, Config
 from forgetrace.figures import catalogue
 from forgetrace.layout import Layout
@@ -75,6 +75,7 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
     looks = len(variants) if others else 0
     passes, figures = len(together(layout)), len(catalogue.names(layout))  # a job of each such method; see estimate
     scores = (len(config.score.methods) - passes) * len(queries) + passes
+    opened = images * sum(attributor(layout, method).opens_images for method in config.score.methods)
     return {
         "prepare": Work(1, {START: 1, PREPARED: 1} | ({IMAGE: images} if config.prepare.path else {})),
         "encode": Work(1, {TORCH: 1, IMAGE: images * (1 + config.encode.flips), CAPTION: captions}),
@@ -85,7 +86,7 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
             unlearned + looks, {TORCH: unlearned + looks, GRADIENT: gradients, LOSS: checks, SAMPLER: again}
         ),
         "scan": Work(scans, {TORCH: scans, SCAN: round(images * views * (most + unlearned * mean))}),
-        "score": Work(scores, {START: scores}),
+        "score": Work(scores, {START: scores} | ({IMAGE: opened} if opened else {})),
         "retrain": Work(retrained, training | measuring(own, at_once), recipe.threads),
         "measure": Work(len(judged), {TORCH: len(judged)} | measuring(len(shared))),
         "evaluate": Work(1, {TORCH: 1}),
