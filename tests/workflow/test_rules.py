@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import yaml
+import yte
 
 from forgetrace.attribution import registry
 from forgetrace.layout import load_layout
@@ -155,9 +156,12 @@ def test_a_given_model_without_its_parent_has_no_counterfactual(checkout):
     jobs = {job.partition(":")[0]: job for job in done.stdout.split("\nrule ")}
     assert not any(name.startswith(("retrain", "measure", "figure_delta")) for name in jobs)
     assert {"train", "unlearn", "regenerate_unlearned", "scan", "score", "evaluate", "figure_unlearning"} <= jobs.keys()
+    # The encoders of a pipeline have work for a GPU.
+    assert "gpu=1" in jobs["encode_pipeline"]
+    assert "encode" not in jobs
     # A model that is a folder here is an input like any other; changing it runs what reads it again.
     assert "sd/unet/config.json" in jobs["train"]
-    assert "sd/vae/config.json" in jobs["encode"]
+    assert "sd/vae/config.json" in jobs["encode_pipeline"]
     recipe = {"steps": 200, "batch_size": 8}
     for rate, trains in ({}, False), ({"learning_rate": 1e-4}, True):
         parent = given | {"train": {"pretrained": "sd", "parent": "other/model", **recipe, **rate}}
@@ -169,6 +173,16 @@ def test_a_given_model_without_its_parent_has_no_counterfactual(checkout):
     assert trainings
     assert all("sd/unet/config.json" in job.partition("output:")[0] for job in trainings)
     shutil.rmtree(checkout.folder / "sd")
+
+
+@pytest.mark.parametrize(("visible", "limit"), [("0,2", {"gpu": 2}), ("GPU-1a", {"gpu": 1}), ("", None)])
+def test_on_one_machine_no_more_models_run_than_there_are_gpus(monkeypatch, visible, limit):
+    profile = (ROOT / "profiles/default/config.yaml").read_text(encoding="utf-8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.delenv("SNAKEMAKE_PROFILE", raising=False)
+    assert yte.process_yaml(profile).get("resources") == limit
+    monkeypatch.setenv("SNAKEMAKE_PROFILE", "profiles/slurm")
+    assert "resources" not in yte.process_yaml(profile), "Slurm gives every job its own"
 
 
 def test_own_data_are_prepared_again_when_their_list_changes_and_broken_ones_stop_before_any_job(checkout):

@@ -22,7 +22,7 @@ from . import loopback
 from .conftest import REPRODUCE, ROOT, Checkout, layout_of, wait_for
 
 PROFILE = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text(encoding="utf-8"))
-RULE = re.compile(r"^(?:use rule (\w+) as|rule) (\w+)\b", re.MULTILINE)
+RULE = re.compile(r"^ *(?:use rule (\w+) as|rule) (\w+)\b", re.MULTILINE)
 
 
 def rules() -> dict[str, bool]:
@@ -32,9 +32,7 @@ def rules() -> dict[str, bool]:
         parts = RULE.split(file.read_text(encoding="utf-8"))[1:]
         for parent, name, body in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
             if not name.startswith("all_"):
-                # encode asks for one only with the encoders of a pipeline.
-                asks = "gpu=" in body and "encode.pipeline else 0" not in body
-                found[name] = asks or found.get(parent, False)
+                found[name] = "gpu=" in body or found.get(parent, False)
     return found
 
 

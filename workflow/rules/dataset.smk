@@ -46,12 +46,23 @@ rule encode:
     resources:
         mem_mb=2000,
         runtime=120,
-        gpu=1 if layout.config.encode.pipeline else 0,
     params:
         config=CONFIG_FILE,
         shaped_by=shaped_by("encode", "encode", "seed"),
     shell:
         "forgetrace encode --config {params.config:q} > {log:q} 2>&1"
+
+
+if layout.config.encode.pipeline:
+
+    # The encoders of a pipeline have work for a GPU, and more weights than those that ship with the environment.
+    use rule encode as encode_pipeline with:
+        resources:
+            mem_mb=8000,
+            runtime=600,
+            gpu=1,
+
+    ruleorder: encode_pipeline > encode
 
 
 rule all_encode:

@@ -108,9 +108,10 @@ def cosine(rows: np.ndarray, vector: np.ndarray) -> np.ndarray:
 
 
 def pool_tokens(states: np.ndarray) -> np.ndarray:
-    """Mean of the token states that are not padding; (n, tokens, width) -> (n, width), float64.
+    """Mean of the token states that are not zero; (n, tokens, width) -> (n, width), float64.
 
-    Padding is stored as zeros, see :mod:`forgetrace.encoding.text`.
+    MiniLM's padding is zeros and left out, see :mod:`forgetrace.encoding.text`. CLIP's is not: its states come after
+    the caption's end and have read all of it, so that they belong to a summary as much as the caption's own.
     """
     states = states.astype(float)
     real = np.abs(states).sum(axis=2) > 0

@@ -1,9 +1,11 @@
 """Where the work runs and in which precision."""
 
 import ctypes
+import fcntl
 import functools
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 import torch
@@ -15,13 +17,14 @@ def pick_device(name: str = "auto") -> torch.device:
     """The device to compute on, set up for it: full fp32 and repeatable kernels on a GPU, a tuned CPU.
 
     Args:
-        name: ``auto`` (CUDA if there is one, else CPU) or a torch device such as ``cpu`` or ``cuda:1``.
+        name: ``auto`` (CUDA if there is one, else CPU; of several GPUs the first that no other job has) or a torch
+            device such as ``cpu`` or ``cuda:1``.
 
     Raises:
         UserError: the named device does not exist here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = _free_gpu() if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -37,6 +40,31 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return device
+
+
+@functools.cache
+def _free_gpu() -> str:
+    """The first GPU that no other process of ours on this machine has taken; it is this one's until it ends.
+
+    The kernel drops the lock with the process, so that none is ever stale. Where all are taken, jobs share; where
+    ``torchrun`` or ``accelerate launch`` started several processes, each takes the one of its own number.
+    """
+    count, rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
+    if count < 2 or rank is not None:
+        return "cuda" if rank is None else f"cuda:{int(rank) % count}"
+    for index in range(count):
+        # By what the GPU is: its number differs between processes that see different ones.
+        own = Path(
+            tempfile.gettempdir(), f"forgetrace-{os.getuid()}-gpu-{torch.cuda.get_device_properties(index).uuid}"
+        )
+        held = os.open(own, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(held)  # another job's, or a file system without locks
+            continue
+        return f"cuda:{index}"  # the lock stays open
+    return f"cuda:{os.getpid() % count}"
 
 
 def make_deterministic() -> None:

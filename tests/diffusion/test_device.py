@@ -1,0 +1,72 @@
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from forgetrace.diffusion import device
+
+# What a job does, on a machine that is said to have two GPUs.
+JOB = """
+import sys, torch
+from types import SimpleNamespace
+from forgetrace.diffusion import device
+torch.cuda.device_count = lambda: 2
+torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid=f"gpu-{index}")
+print(device._free_gpu(), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """Says how many GPUs there are."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"gpu-{index}"))
+    device._free_gpu.cache_clear()
+    yield lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    device._free_gpu.cache_clear()
+
+
+def test_jobs_side_by_side_take_a_gpu_each_and_leave_it_when_they_end_even_when_killed(tmp_path):
+    environment = {"TMPDIR": str(tmp_path), "PATH": ""}
+
+    def job() -> subprocess.Popen:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, "-c", JOB], env=environment, **pipes)
+
+    jobs = []
+    try:
+        for expected in ("cuda:0", "cuda:1"):
+            jobs.append(job())
+            assert jobs[-1].stdout.readline().strip() == expected
+        jobs.append(job())  # all are taken: one is shared
+        assert jobs[-1].stdout.readline().strip() in ("cuda:0", "cuda:1")
+        jobs[1].kill()
+        jobs[1].wait()
+        jobs.append(job())
+        assert jobs[-1].stdout.readline().strip() == "cuda:1"
+    finally:
+        for process in jobs:
+            process.kill()
+            process.communicate()
+
+
+def test_a_process_keeps_its_gpu(gpus):
+    gpus(3)
+    assert device._free_gpu() == device._free_gpu() == "cuda:0"
+
+
+def test_a_single_gpu_needs_no_lock(gpus, tmp_path):
+    gpus(1)
+    assert device._free_gpu() == "cuda"
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_of_one_training_take_those_of_their_numbers(gpus, monkeypatch, tmp_path):
+    gpus(4)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert device._free_gpu() == "cuda:2"
+    assert not list(tmp_path.iterdir())
