@@ -17,7 +17,7 @@ from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import Layout
 
 from ..conftest import IMAGES, settings, write_data
-from ..pipelines import CHANNELS, TOKENS, WIDTH, save_pipeline
+from ..pipelines import CHANNELS, SPECIAL, TOKENS, VOCABULARY, WIDTH, save_pipeline
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (35, 16, 20, 3), dtype=np.uint8)
 CAPTIONS = ["a bold red seven", "", "x"]
@@ -73,6 +73,54 @@ def test_token_states_are_those_the_pipeline_conditions_on(saved):
     assert np.abs(states[1, -1]).max() > 0.1  # padding has states too
     np.testing.assert_array_equal(caption_states(section(saved), CAPTIONS, 5), states[:, :5])
     np.testing.assert_array_equal(caption_states(section(saved, tokens=5), CAPTIONS), states[:, :5])
+
+
+def as_published(folder: Path) -> Path:
+    """The files of a pipeline as Stable Diffusion 2's are: of older versions of diffusers and transformers."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    weights = folder / "vae/diffusion_pytorch_model.safetensors"
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    renamed = {}
+    for name, weight in load_file(weights).items():
+        for new, before in old.items():
+            name = name.replace(new, before)
+        renamed[name] = weight
+    assert sum(".proj_attn." in name for name in renamed) == 4
+    save_file(renamed, weights, {"format": "pt"})
+    tokenizer = folder / "tokenizer"
+    shutil.rmtree(tokenizer)
+    tokenizer.mkdir()
+    words = [*VOCABULARY, *SPECIAL]
+    (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+    ends = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "unk_token": SPECIAL[1]}
+    # Padding is word number 0, which SD 2 calls "!".
+    named = json.dumps(ends | {"pad_token": words[0], "model_max_length": TOKENS, "tokenizer_class": "CLIPTokenizer"})
+    (tokenizer / "tokenizer_config.json").write_text(named)
+    (tokenizer / "special_tokens_map.json").write_text(json.dumps(ends | {"pad_token": words[0]}))
+    config = json.loads((folder / "text_encoder/config.json").read_text())
+    # OpenCLIP's activation; the numbers of special tokens as they stood in early configs, of no use then or now.
+    config |= {"hidden_act": "gelu", "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    (folder / "text_encoder/config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_pipeline_of_older_versions_is_read_like_one_of_today(saved, folder):
+    published = as_published(folder)
+    expected = codec_of(section(saved)).encode(PICTURES)
+    np.testing.assert_array_equal(codec_of(section(published)).encode(PICTURES), expected)
+    states, pipe = clip_states(str(published), CAPTIONS), diffusers_pipeline(published)
+    assert pipe.tokenizer("x").input_ids == [len(VOCABULARY), VOCABULARY.index("x</w>"), len(VOCABULARY) + 1]
+    assert pipe.tokenizer("x", padding="max_length").input_ids[3:] == [0] * (TOKENS - 3)
+    assert pipe.text_encoder.config.hidden_act == "gelu"
+    for caption, own in zip(CAPTIONS, states, strict=True):
+        expected, _ = pipe.encode_prompt(caption, "cpu", 1, do_classifier_free_guidance=False)
+        np.testing.assert_allclose(own, expected[0].detach().numpy(), atol=1e-5)
+    # Neither the activation nor the padding is that of a pipeline of Stable Diffusion 1's kind.
+    assert np.abs(states - clip_states(str(saved), CAPTIONS)).max() > 1e-3
 
 
 def test_long_captions_are_cut_with_a_warning(saved, caplog):
