@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from forgetrace.artifacts import UserError, read_json, read_tensors
 from forgetrace.config import Train
@@ -208,6 +209,31 @@ def test_three_steps_by_hand(tiny):
     np.testing.assert_allclose(curve["loss"], losses, rtol=1e-4)
     for (name, _), expected in zip(unet.named_parameters(), average, strict=True):
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.fixture
+def another_precision():
+    """To be called before a training in one: what accelerate is set up with holds for a process."""
+    yield AcceleratorState._reset_state
+    AcceleratorState._reset_state()
+
+
+def test_half_precision_trains_the_same_model_but_for_rounding(tiny, another_precision):
+    """A training whose gradients were wrong, as a compiled one's once were, ends at a loss that seeds do not explain."""
+    losses, weights = {}, {}
+    for name, changes in {"fp32": {}, "bf16": {"precision": "bf16"}, "other": {}}.items():
+        layout = with_recipe(tiny, steps=60, warmup_steps=5, learning_rate=4e-3, checkpoint_every=60, **changes)
+        another_precision()
+        weights[name], curve, record = run(layout, seed=6 if name == "other" else 5, name=name)
+        assert record["precision"] == ("bf16" if name == "bf16" else "fp32")
+        losses[name] = curve["loss"].to_numpy()
+    start, end = losses["fp32"][:10].mean(), losses["fp32"][-20:].mean()
+    assert end < 0.8 * start
+    # The same images, timesteps and noise: step by step, not on average alone.
+    np.testing.assert_allclose(losses["bf16"][:10], losses["fp32"][:10], rtol=0.01)
+    assert abs(losses["bf16"][-20:].mean() - end) < abs(losses["other"][-20:].mean() - end) + 0.02 * start
+    assert all(weight.dtype == torch.float32 for weight in weights["bf16"].values())
+    assert any(not torch.equal(weights["bf16"][name], weight) for name, weight in weights["fp32"].items())
 
 
 def test_learning_rate_closed_form():
