@@ -219,7 +219,7 @@ def another_precision():
 
 
 def test_half_precision_trains_the_same_model_but_for_rounding(tiny, another_precision):
-    """A training whose gradients were wrong, as a compiled one's once were, ends at a loss that seeds do not explain."""
+    """Wrong gradients, which a compiled training once had, end at a loss that seeds do not explain."""
     losses, weights = {}, {}
     for name, changes in {"fp32": {}, "bf16": {"precision": "bf16"}, "other": {}}.items():
         layout = with_recipe(tiny, steps=60, warmup_steps=5, learning_rate=4e-3, checkpoint_every=60, **changes)
