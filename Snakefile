@@ -7,7 +7,7 @@ include: "workflow/rules/model.smk"
 include: "workflow/rules/attribution.smk"
 
 
-if layout.config.train.trains:
+if layout.config.leaves_out:
 
     include: "workflow/rules/counterfactual.smk"
 

@@ -16,7 +16,7 @@ from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.randomness import generator
 from forgetrace.unlearning.mucs import bounded, unlearn_mirrored, untrained_loss
 from forgetrace.unlearning.step import Query, query_loss
-from forgetrace.unlearning.subsets import select
+from forgetrace.diffusion.subsets import select
 from forgetrace.unlearning.variants import read_query, unlearn_query
 
 from ..conftest import settings

@@ -17,7 +17,7 @@ from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import Layout
 from forgetrace.progress import progress
 from forgetrace.unlearning.step import Query, Weights, query_gradient
-from forgetrace.unlearning.subsets import select
+from forgetrace.diffusion.subsets import select
 from forgetrace.unlearning.variants import load_curvature, read_query
 
 HELD = 2**32  # bytes of directions

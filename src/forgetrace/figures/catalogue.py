@@ -12,7 +12,7 @@ def names(layout: Layout) -> list[str]:
     grids = [f"attribution-{query}" for query in config.queries()]
     grids += [f"counterfactual-{query}" for query in config.judged_queries()]
     first = [] if config.train.pretrained else ["training"]
-    last = {"delta": config.train.trains, "lds": config.retrain.subsets, "unlearning": config.evaluate.others}
+    last = {"delta": config.leaves_out, "lds": config.retrain.subsets, "unlearning": config.evaluate.others}
     return [*first, *grids, *(name for name, wanted in last.items() if wanted)]
 
 

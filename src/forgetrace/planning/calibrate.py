@@ -146,7 +146,7 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     from forgetrace.diffusion.sampling import sample
     from forgetrace.encoding.captions import caption_states
     from forgetrace.unlearning.step import BATCH, Query, query_gradient, query_loss
-    from forgetrace.unlearning.subsets import select
+    from forgetrace.diffusion.subsets import select
 
     torch.set_num_threads(1)
     config, target, rows = layout.config, pick_device(device), read_metadata(layout.metadata)

@@ -20,7 +20,7 @@ from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import Layout
 from forgetrace.unlearning.sample import others_loss
 from forgetrace.unlearning.step import Query, move, query_gradient, query_loss
-from forgetrace.unlearning.subsets import select
+from forgetrace.diffusion.subsets import select
 from forgetrace.unlearning.variants import carry_out, load_curvature, step_scale
 
 BISECTIONS = 5

@@ -18,7 +18,7 @@ from forgetrace.unlearning.forward_inf import unlearn_by_adam
 from forgetrace.unlearning.mucs import unlearn_mirrored, untrained_loss
 from forgetrace.unlearning.sample import others_loss
 from forgetrace.unlearning.step import Query, Weights, query_loss, unlearn
-from forgetrace.unlearning.subsets import select
+from forgetrace.diffusion.subsets import select
 
 
 def unlearn_query(layout: Layout, variant: str, query: str, device: str = "auto") -> None:
