@@ -588,8 +588,8 @@ class PromptSet(Section):
     """Prompts about the concepts of a kind, with V* for the new token."""
 
     exemplar: str = Field(
-        description="Prompt that exemplars are trained with; {ink} and {background} of an object and {digit} of a style "
-        "are filled in."
+        description="Prompt that exemplars are trained with; {ink} and {background} of an object and {digit} of a "
+        "style are filled in."
     )
     template: list[str] = Field([], description="Prompts of one pattern that images are generated from.")
     free: list[str] = Field([], description="Free sentences that images are generated from.")
@@ -709,7 +709,7 @@ class Config(Section):
 
     @property
     def leaves_out(self) -> bool:
-        """Whether models are trained without some images: not from a θ0 nobody can train, nor beside customised ones."""
+        """Whether models are trained without some images: not where none can be, nor beside customised ones."""
         return self.train.trains and not self.customize
 
     @model_validator(mode="after")

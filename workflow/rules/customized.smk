@@ -131,7 +131,11 @@ rule learn:
         gpu=1,
     params:
         config=CONFIG_FILE,
-        shaped_by=shaped_by("learn", "seed", learn=layout.config.learn and layout.config.learn.model_dump()),
+        shaped_by=shaped_by(
+            "learn",
+            "seed",
+            learn=layout.config.learn and layout.config.learn.model_dump(),
+        ),
     shell:
         "forgetrace learn --config {params.config:q} --threads {threads} --device auto > {log:q} 2>&1"
 

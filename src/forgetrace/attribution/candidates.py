@@ -94,7 +94,10 @@ def candidates(layout: Layout, model: str, methods: list[str]) -> Candidates:
     record = read_json(files["record"])
     own = Candidates(layout.name, _config(layout, record, methods), layout, model)
     key = fingerprint(
-        [provenance({}, files | {"base": layout.encode_manifest, "weights": layout.weights}), own.config.model_dump(mode="json")]
+        [
+            provenance({}, files | {"base": layout.encode_manifest, "weights": layout.weights}),
+            own.config.model_dump(mode="json"),
+        ]
     )
     _clear_others(own, key)
     _write_encoded(own, read_arrays(files["exemplars"]), record)
@@ -136,14 +139,17 @@ def exemplar_files(layout: Layout, model: str, count: int) -> list[str]:
 def _config(layout: Layout, record: dict, methods: list[str]) -> Config:
     """The experiment's config with the model's queries and some of the methods."""
     config = layout.config
+    listed = [(entry["query"], entry["prompt"]) for entry in record["queries"]]
     queries = [
-        ImageQuery(name=entry["query"], image=layout.customized_image(record["model"], entry["query"]), prompt=entry["prompt"])
-        for entry in record["queries"]
-    ]  # fmt: skip
+        ImageQuery(name=name, image=layout.customized_image(record["model"], name), prompt=prompt)
+        for name, prompt in listed
+    ]
     return config.model_copy(
         update={
             "synthesize": config.synthesize.model_copy(update={"queries": queries}),
-            "score": config.score.model_copy(update={"methods": {name: config.score.methods[name] for name in methods}}),
+            "score": config.score.model_copy(
+                update={"methods": {name: config.score.methods[name] for name in methods}}
+            ),
         }
     )
 

@@ -1,6 +1,7 @@
-"""Two linear heads on frozen features (AbC, arXiv 2306.09345, section 4.2): h for training images, h̃ for generated ones.
+"""Two linear heads on frozen features (AbC, arXiv 2306.09345, section 4.2): h of training images, h̃ of others.
 
-Both start as the identity with zero bias, so that before any step similarities are cosines of the encoder's features.
+h̃ is that of generated images. Both start as the identity with zero bias, so that before any step similarities are
+cosines of the encoder's features.
 Outputs have length 1. A batch is one pair (exemplar, generated image) per customised model; the loss is the symmetric
 NT-Xent: with s_ij the similarity of generated image i and exemplar j,
 

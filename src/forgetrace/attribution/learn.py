@@ -52,10 +52,11 @@ def learn(layout: Layout, device: str = "auto") -> None:
     config, files, settings = layout.config, layout.learned, layout.config.learn
     parts = concepts.names(config.customize, config.seed)
     encoder = load_encoder(settings.encoder, pick_device(device))
-    models = {
-        part: [read_model(layout, name, encoder) for name in own if part == "test" or name.partition("-")[0] in settings.kinds]
+    used = {
+        part: [name for name in own if part == "test" or name.partition("-")[0] in settings.kinds]
         for part, own in parts.items()
-    }  # fmt: skip
+    }
+    models = {part: [read_model(layout, name, encoder) for name in own] for part, own in used.items()}
     ids = read_table(layout.index)["image_id"].tolist()
     base = torch.from_numpy(np.array(EncodedImages(layout, settings.encoder).kept()))
     heads, curve = fit_heads(layout, models, base, ids)
@@ -66,7 +67,12 @@ def learn(layout: Layout, device: str = "auto") -> None:
     write_table(files["curve"], curve)
     write_json(
         files["calibration"],
-        {"sharpness": calibration.sharpness, "cutoff": calibration.cutoff, "divergence": divergence, "made_by": made_by},
+        {
+            "sharpness": calibration.sharpness,
+            "cutoff": calibration.cutoff,
+            "divergence": divergence,
+            "made_by": made_by,
+        },
     )
     write_table(files["probabilities"], probabilities(heads, calibration, models["test"], base, ids), made_by)
     write_table(files["ranks"], ranks(heads, models["test"], base, ids), made_by)
@@ -78,7 +84,9 @@ def read_model(layout: Layout, name: str, encoder) -> Model:
     queries = [entry["query"] for entry in record["queries"]]
     images = [f"exemplar-{i:02d}" for i in range(len(record["exemplars"]))] + queries
     features = encoder(np.stack([read_image(layout.customized_image(name, image)) for image in images]))
-    exemplars, generated = torch.from_numpy(features.astype(np.float32)).split([len(images) - len(queries), len(queries)])
+    exemplars, generated = torch.from_numpy(features.astype(np.float32)).split(
+        [len(images) - len(queries), len(queries)]
+    )
     return Model(name, queries, exemplars, generated)
 
 

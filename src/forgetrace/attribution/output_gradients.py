@@ -21,8 +21,8 @@ from forgetrace.curvature.per_example import per_example_gradients
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.loss import predicted
 from forgetrace.diffusion.model import load_scheduler, load_unet
-from forgetrace.layout import Layout
 from forgetrace.diffusion.subsets import select
+from forgetrace.layout import Layout
 
 
 class Examples(NamedTuple):

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from forgetrace.artifacts import UserError
-from forgetrace.config import NEW_TOKEN, Customize
+from forgetrace.config import Customize
 from forgetrace.datasets.digits import BACKGROUNDS, DIGITS, INKS, paint
 from forgetrace.randomness import generator
 
@@ -80,10 +80,8 @@ def names(settings: Customize, seed: int) -> dict[str, list[str]]:
     parts: dict[str, list[str]] = {"test": [], "validation": [], "train": []}
     for kind, known, counts in (("object", GLYPHS, settings.objects), ("style", STYLES, settings.styles)):
         asked = counts.model_dump()
-        if sum(asked.values()) > len(known):
-            raise UserError(
-                f"customize.{kind}s asks for {sum(asked.values())} concepts, there are only {len(known)}: lower a count."
-            )
+        if (total := sum(asked.values())) > len(known):
+            raise UserError(f"customize.{kind}s asks for {total} concepts, there are only {len(known)}: lower a count.")
         order = [f"{kind}-{list(known)[i]}" for i in generator(seed, "concepts", kind).permutation(len(known))]
         # Train takes from the other end: more models to train on leave the models that are judged as they are.
         parts["test"] += order[: asked["test"]]
@@ -121,7 +119,8 @@ def _filled(template: str, **values: str) -> str:
         return template.format(**values)
     except (KeyError, IndexError, ValueError):
         raise UserError(
-            f"customize.prompts: '{template}' has a place that cannot be filled; there are {', '.join(values)}, in braces."
+            f"customize.prompts: '{template}' has a place that cannot be filled; there are "
+            f"{', '.join(values)}, in braces."
         ) from None
 
 
@@ -164,7 +163,7 @@ def _grid(coverage: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mixed(share: np.ndarray, one: Colour, other: Colour) -> np.ndarray:
-    """share · one + (1 - share) · other; (size, size) -> (size, size, 3), float64."""
+    """Share · one + (1 - share) · other; (size, size) -> (size, size, 3), float64."""
     return share[..., None] * np.array(one, dtype=float) + (1 - share[..., None]) * np.array(other, dtype=float)
 
 

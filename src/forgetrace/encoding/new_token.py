@@ -77,7 +77,9 @@ class NewToken:
         """
         ids = encoder.tokenizer(rare, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            raise UserError(f"customize.rare_token: the text encoder reads '{rare}' as {len(ids)} tokens; choose another.")
+            raise UserError(
+                f"customize.rare_token: the text encoder reads '{rare}' as {len(ids)} tokens; choose another."
+            )
         encoder.tokenizer.add_tokens([AddedToken(NEW_TOKEN, normalized=False)])
         self._encoder, self._tokens, self._rare = encoder, tokens, ids[0]
         self._id = encoder.tokenizer.convert_tokens_to_ids(NEW_TOKEN)

@@ -1,4 +1,4 @@
-"""Are the exemplars of a customised model found among its candidates? (AbC, arXiv 2306.09345, section 5)
+"""How well the exemplars of a customised model are found among its candidates (AbC, arXiv 2306.09345, section 5).
 
 Every metric follows from the ranks r₁ < … < rₙ of a query's n exemplars among all candidates, ties broken by image id:
 
