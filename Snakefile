@@ -7,7 +7,7 @@ include: "workflow/rules/model.smk"
 include: "workflow/rules/attribution.smk"
 
 
-if layout.config.train.trains:
+if layout.config.leaves_out:
 
     include: "workflow/rules/counterfactual.smk"
 
@@ -16,6 +16,7 @@ else:
     include: "workflow/rules/no_counterfactual.smk"
 
 
+include: "workflow/rules/customized.smk"
 include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/figures.smk"
 
@@ -34,5 +35,8 @@ rule all:
         rules.all_scan.input,
         rules.all_score.input,
         rules.all_retrain.input,
+        rules.all_customize.input,
+        rules.all_retrieve.input,
+        rules.all_learn.input,
         rules.all_evaluate.input,
         rules.all_figures.input,

@@ -241,6 +241,53 @@ def score(  # noqa: D103 - its help is built from the registry
     score(layout, method, query, device)
 
 
+ModelName = Annotated[str, typer.Option("--model", help="A customised model, such as object-king.")]
+
+
+def _customised(config: Path, model: str | None = None) -> Layout:
+    layout = _experiment(config)
+    if not layout.config.customize:
+        raise UserError(f"{config} has no section customize, so there are no customised models.")
+    from forgetrace.datasets.concepts import names
+
+    known = [name for part in names(layout.config.customize, layout.config.seed).values() for name in part]
+    if model is not None and model not in known:
+        raise UserError(f"--model {model}: {config} has no such model (it has {', '.join(known)}).")
+    return layout
+
+
+@app.command()
+def customize(config: ConfigPath, model: ModelName, threads: Threads = None, device: Device = "auto") -> None:
+    """Customise θ0 on one concept's exemplars and let it generate its images."""
+    layout = _customised(config, model)
+    _use(threads)
+    from forgetrace.diffusion.customization import customize
+
+    customize(layout, model, device)
+
+
+@app.command()
+def retrieve(config: ConfigPath, model: ModelName, threads: Threads = None, device: Device = "auto") -> None:
+    """Rank a customised model's exemplars and the base set for its images, by every method."""
+    layout = _customised(config, model)
+    _use(threads)
+    from forgetrace.attribution.retrieve import retrieve
+
+    retrieve(layout, model, device)
+
+
+@app.command()
+def learn(config: ConfigPath, threads: Threads = None, device: Device = "auto") -> None:
+    """Learn features in which images of customised models are near their exemplars, and calibrate them."""
+    layout = _customised(config)
+    if not layout.config.learn:
+        raise UserError(f"{config} has no section learn, so there is nothing to learn.")
+    _use(threads)
+    from forgetrace.attribution.learn import learn
+
+    learn(layout, device)
+
+
 @app.command()
 def retrain(
     config: ConfigPath,

@@ -22,6 +22,9 @@ Subset = Literal["cross-attn-kv", "cross-attn", "attn", "mlp", "all"]
 STEP = 4  # draws by which a narrowed scan goes on
 SEED_SET = "seed"  # the "method" of retrainings on all of D: only the training seed differs
 RANDOM = "random"
+NEW_TOKEN = "V*"  # of a customised model, in prompts
+MANNERS = ("template", "free")  # of prompts about a concept
+LEARNED = "learned"  # the method whose features are learned from customised models
 HALF_SET = "half"  # the "method" of models trained on random halves of D
 CEILING = "ceiling"  # the row of the linear datamodeling score that noise of training leaves to a perfect method
 # Keys of train that a given model decides, and those that only a training reads.
@@ -324,8 +327,7 @@ class Synthesize(Section):
 
     queries: list[PoolQueries | GivenQueries | ImageQuery] = Field(
         [PoolQueries(pool="report", count=4)],
-        description="Pools to draw from, published queries, or image files.",
-        min_length=1,
+        description="Pools to draw from, published queries, or image files; none beside customised models.",
     )
     sampler_steps: Positive = Field(25, description="DDIM steps.")
     guidance: float = Field(1.0, ge=0, description="Classifier-free guidance scale; 1 is none.")
@@ -589,6 +591,97 @@ class Figures(Section):
     top: Positive = Field(12, description="Top-ranked images shown per method.")
 
 
+class Counts(Section):
+    """How many concepts of a kind there are, each with a customised model; no concept is in two parts."""
+
+    test: int = Field(0, ge=0, description="Models that methods are judged on.")
+    validation: int = Field(0, ge=0, description="Models that settings are chosen on.")
+    train: int = Field(0, ge=0, description="Models whose images features are learned from (learn).")
+
+
+class PromptSet(Section):
+    """Prompts about the concepts of a kind, with V* for the new token."""
+
+    exemplar: str = Field(
+        description="Prompt that exemplars are trained with; {ink} and {background} of an object and {digit} of a "
+        "style are filled in."
+    )
+    template: list[str] = Field([], description="Prompts of one pattern that images are generated from.")
+    free: list[str] = Field([], description="Free sentences that images are generated from.")
+
+    @model_validator(mode="after")
+    def _hold_the_token(self):
+        prompts = [self.exemplar, *self.template, *self.free]
+        if lacking := next((prompt for prompt in prompts if NEW_TOKEN not in prompt), None):
+            raise ValueError(f"'{lacking}' lacks the new token {NEW_TOKEN}")
+        if len(prompts) == 1:
+            raise ValueError("give prompts to generate images from, under template or free")
+        return self
+
+    def queries(self) -> list[tuple[str, str]]:
+        """Manner and prompt of every image that is generated, template first."""
+        return [(manner, prompt) for manner in MANNERS for prompt in getattr(self, manner)]
+
+
+class Customize(Section):
+    """Custom Diffusion: models that θ0 becomes on a few exemplars, whose images have a known origin (AbC)."""
+
+    objects: Counts = Counts()
+    styles: Counts = Counts()
+    prompts: dict[Literal["object", "style"], PromptSet] = Field(description="Prompts by kind of concept.")
+    exemplars: Positive = Field(8, le=10, description="Exemplars of a style; an object has one.")
+    weights: Subset = Field(
+        "cross-attn-kv",
+        description="Weights that are trained beside the token; cross-attn-kv is Custom Diffusion. A small model whose "
+        "captions enter at few positions may need all of them to draw what it never saw.",
+    )
+    rare_token: str = Field("ktn", description="A token of the text encoder that the new token starts from.")
+    steps: Positive = Field(250, description="Optimiser steps.")
+    batch_size: Positive = Field(8, description="Draws of exemplars per step, and as many of the prior set.")
+    learning_rate: float = Field(8e-5, gt=0, description="Learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    prior_images: Positive = Field(200, description="Images of D with their captions that are trained on alongside.")
+    prior_weight: float = Field(1.0, ge=0, description="Weight of their loss.")
+    flips: bool = Field(False, description="Train on mirror images of exemplars too; no good where letters are told.")
+
+    @model_validator(mode="after")
+    def _prompts_of_all(self):
+        for kind, counts in (("object", self.objects), ("style", self.styles)):
+            if any(counts.model_dump().values()) and kind not in self.prompts:
+                raise ValueError(f"prompts lacks those of the kind {kind}, of which there are models")
+        if not (self.objects.test or self.styles.test):
+            raise ValueError("give objects or styles a number of models to test on")
+        return self
+
+
+class Costly(Section):
+    """Methods that rank the candidates of some queries only."""
+
+    methods: list[str] = Field([], description="Names of score.methods.")
+    models: Positive = Field(1, description="Test models of each kind whose queries they rank for.")
+    queries: Positive = Field(1, description="Queries of each of these models, spread over its prompts.")
+
+
+class Retrieve(Section):
+    """Find the exemplars of customised models among the whole base set, by every method of score."""
+
+    costly: Costly = Costly()
+
+
+class Learn(Section):
+    """Features in which images of customised models are near their exemplars (AbC): two linear heads, learned."""
+
+    encoder: str = Field("efficientnet-lite0", description="Frozen image encoder, as a method's option encoder.")
+    kinds: list[Literal["object", "style"]] = Field(
+        ["object"], min_length=1, description="Kinds of the train and validation models that are learned from."
+    )
+    temperature: float = Field(1.0, gt=0, description="ν of the contrastive loss.")
+    learning_rate: float = Field(1e-3, gt=0, description="Learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    steps: Positive = Field(500, description="Optimiser steps; the weights kept are the best on validation models.")
+    every: Positive = Field(25, description="Steps between looks at the validation models.")
+
+
 class Config(Section):
     """One experiment."""
 
@@ -604,6 +697,35 @@ class Config(Section):
     retrain: Retrain = Retrain()
     evaluate: Evaluate = Evaluate()
     figures: Figures = Figures()
+    # Younger than finished results, which hang on none of these.
+    customize: Customize | None = Field(None, exclude_if=_unused)
+    retrieve: Retrieve | None = Field(None, exclude_if=_unused)
+    learn: Learn | None = Field(None, exclude_if=_unused)
+
+    @model_validator(mode="after")
+    def _customised(self):
+        if not self.customize:
+            if asked := [key for key in ("retrieve", "learn") if getattr(self, key)]:
+                raise ValueError(f"{asked[0]}: there are no customised models; give the section customize or remove it")
+            return self
+        for method in self.retrieve.costly.methods if self.retrieve else []:
+            if method not in self.score.methods:
+                raise ValueError(f"retrieve.costly.methods: '{method}' is not one of score.methods")
+        if self.learn:
+            if LEARNED in self.score.methods:
+                raise ValueError(f"score.methods.{LEARNED}: the name belongs to the section learn; choose another")
+            for part in ("train", "validation"):
+                counts = sum(getattr(getattr(self.customize, f"{kind}s"), part) for kind in self.learn.kinds)
+                if counts < 2:
+                    raise ValueError(f"learn: needs two {part} models at least, of the kinds {self.learn.kinds}")
+        if self.retrain.methods or self.retrain.subsets or self.retrain.pools:
+            raise ValueError("retrain: customised models are judged by their exemplars; remove its keys")
+        return self
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether models are trained without some images: not where none can be, nor beside customised ones."""
+        return self.train.trains and not self.customize
 
     @model_validator(mode="after")
     def _step_sizes(self):
@@ -643,6 +765,10 @@ class Config(Section):
         if narrowing and (missing := [k for k in self.retrain.k if k not in narrowing.tops]):
             raise ValueError(f"scan.narrowing.tops: {missing[0]} of retrain.k is not among them")
         names = self.queries()
+        if bool(names) == bool(self.customize):
+            raise ValueError(
+                "synthesize.queries: " + ("give none ([]), customize names its own" if names else "give one at least")
+            )
         self._check_given()
         if self.evaluate.others and not (self.unlearn and self.forgotten_queries()):
             raise ValueError("evaluate.others: there is no unlearning variant, or no generated query, to look at")
@@ -694,7 +820,7 @@ class Config(Section):
 
     def judged_queries(self) -> list[str]:
         """Names of the queries with leave-K-out models; none where no model can be trained."""
-        return self.queries()[: self.retrain.queries] if self.train.trains else []
+        return self.queries()[: self.retrain.queries] if self.leaves_out else []
 
     def origin(self, query: str) -> str:
         """Where a query is from: its caption pool (tuning or report), ``own`` for an image that was given."""

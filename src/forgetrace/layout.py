@@ -261,7 +261,7 @@ class Layout:
     def shared_models(self) -> list[tuple[str, int, str]]:
         """(method, k, member) of the models every query is measured with: θ0, random draws, seeds."""
         retrain = self.config.retrain
-        if not self.config.train.trains:
+        if not self.config.leaves_out:
             return []
         draws = [(RANDOM, k, f"draw{i}") for k in retrain.k for i in range(retrain.random_draws)]
         seeds = [(SEED_SET, 0, f"draw{i}") for i in range(retrain.seeds)]
@@ -279,12 +279,57 @@ class Layout:
         """What Snakemake measured of the job (stage, names): seconds and memory."""
         return "/".join(("timings", self.name, stage, *names)) + ".tsv"
 
+    # customize, retrieve, learn: a customised model is named by its concept
+
+    def customized(self, model: str) -> dict[str, str]:
+        """Files of one customised model.
+
+        ``weights`` are the changed ones only, ``token`` holds the new token's embedding row. ``exemplars`` has latents
+        (n, C, H, W; with encode.flips the mirrored ones behind) and the token states of their prompts (n, tokens,
+        width); ``queries`` the latents, initial noise and prompts of the images it generated. ``record`` says what
+        they are, and is written last.
+        """
+        folder = f"{self.root}/customize/{model}"
+        return {
+            "weights": f"{folder}/weights.safetensors",
+            "token": f"{folder}/token.safetensors",
+            "exemplars": f"{folder}/exemplars.npz",
+            "queries": f"{folder}/queries.npz",
+            "record": f"{folder}/model.json",
+        }
+
+    def customized_image(self, model: str, name: str) -> str:
+        """An exemplar (``exemplar-00``) or a generated image (the query's name) of a customised model."""
+        return f"{self.root}/customize/{model}/images/{name}.png"
+
+    def retrieved(self, model: str, method: str, query: str) -> str:
+        """A method's scores of all candidates for a query of a customised model, as :meth:`score`."""
+        return f"{self.root}/retrieve/{model}/{method}/{query}.parquet"
+
+    def ranks(self, model: str) -> str:
+        """Table of method, query, image_id, score, rank: where each exemplar of a customised model comes."""
+        return f"{self.root}/retrieve/{model}.parquet"
+
+    @property
+    def learned(self) -> dict[str, str]:
+        """The ``heads``, the ``ranks`` they give exemplars of test models (as :meth:`ranks`), how they came about.
+
+        ``curve`` is the table of validation while learning, ``calibration`` (JSON) the fit to probabilities and
+        ``probabilities`` a table of test queries and candidates with probability and whether they are exemplars.
+        """
+        folder = f"{self.root}/learn"
+        files = {"heads": "heads.safetensors", "ranks": "ranks.parquet", "curve": "curve.csv"}
+        files |= {"calibration": "calibration.json", "probabilities": "probabilities.parquet"}
+        return {role: f"{folder}/{name}" for role, name in files.items()}
+
     # evaluate, figures
 
     def tables(self) -> list[str]:
         """Names of the result tables: those of leaving images out, then those the config asks for beside them."""
         retrain = self.config.retrain
-        names = ["per_query", "counterfactual", "comparisons"] if self.config.train.trains else []
+        names = ["per_query", "counterfactual", "comparisons"] if self.config.leaves_out else []
+        names += ["retrieval_per_query", "retrieval", "retrieval_comparisons"] if self.config.customize else []
+        names += ["calibration", "reliability"] if self.config.learn else []
         names += ["lds", "lds_per_query"] if retrain.subsets else []
         names += ["pooled"] if retrain.pools else []
         names += ["unlearning"] if self.config.evaluate.others else []

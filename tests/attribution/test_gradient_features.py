@@ -13,9 +13,9 @@ from forgetrace.attribution.output_gradients import Examples, OutputGradients
 from forgetrace.diffusion.loss import noised
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.noise import NoiseBank
+from forgetrace.diffusion.subsets import select
 from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import Layout
-from forgetrace.unlearning.subsets import select
 
 from ..conftest import IMAGES, in_child, settings
 from .test_projection import by_hand

@@ -12,11 +12,11 @@ from forgetrace.attribution.unlearning import skew
 from forgetrace.diffusion.loss import noised
 from forgetrace.diffusion.model import build_unet, load_scheduler, load_unet
 from forgetrace.diffusion.noise import monte_carlo
+from forgetrace.diffusion.subsets import select
 from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.randomness import generator
 from forgetrace.unlearning.mucs import bounded, unlearn_mirrored, untrained_loss
 from forgetrace.unlearning.step import Query, query_loss
-from forgetrace.unlearning.subsets import select
 from forgetrace.unlearning.variants import read_query, unlearn_query
 
 from ..conftest import settings

@@ -11,11 +11,11 @@ from forgetrace.curvature.diagonal import DiagonalFisher
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.noise import monte_carlo
+from forgetrace.diffusion.subsets import select
 from forgetrace.encoding.store import load_encoded
 from forgetrace.unlearning import step as module
 from forgetrace.unlearning.sample import others_loss
 from forgetrace.unlearning.step import Query, move, query_gradient, query_loss, unlearn
-from forgetrace.unlearning.subsets import select
 from forgetrace.unlearning.variants import load_curvature, read_query, step_scale, unlearn_query
 
 from ..conftest import settings

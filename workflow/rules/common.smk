@@ -12,6 +12,7 @@ from snakemake.utils import min_version, validate
 from forgetrace.artifacts import UserError
 from forgetrace.attribution import registry
 from forgetrace.config import HALF_SET, RANDOM, SEED_SET, load_config
+from forgetrace.datasets import concepts
 from forgetrace.datasets.registry import source_files
 from forgetrace.encoding import given, pipeline
 from forgetrace.encoding.check import check_data

@@ -10,6 +10,9 @@ REPORTED = {
     "agreement": ("Attribution", "agreement of methods"),
     "cost": ("Attribution", "cost of methods"),
     "unlearning": ("Attribution", "what unlearning changes"),
+    "retrieval": ("Customised models", "summary"),
+    "retrieval_comparisons": ("Customised models", "pairs of methods"),
+    "calibration": ("Customised models", "mass on exemplars"),
 }
 
 
@@ -35,6 +38,8 @@ rule evaluate:
                 ),
             ]
         ],
+        rules.all_retrieve.input,
+        rules.all_learn.input,
     output:
         [
             report(

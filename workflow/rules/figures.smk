@@ -187,6 +187,105 @@ rule figure_unlearning:
         "forgetrace figures --config {params.config:q} --name unlearning > {log:q} 2>&1"
 
 
+rule figure_exemplars:
+    input:
+        lambda wildcards: layout.ranks(wildcards.shown.rpartition("-")[0]),
+        lambda wildcards: layout.customized(wildcards.shown.rpartition("-")[0])[
+            "record"
+        ],
+        layout.index,
+        layout.data_manifest,
+    output:
+        report(
+            layout.figure("exemplars-{shown}", "png"),
+            caption="../report/exemplars.rst",
+            category="Customised models",
+            labels={"what": "{shown}"},
+        ),
+        layout.figure("exemplars-{shown}", "pdf"),
+    log:
+        log_file("figures", "exemplars-{shown}"),
+    benchmark:
+        benchmark_file("figures", "exemplars-{shown}")
+    wildcard_constraints:
+        shown=one_of(catalogue.shown(layout)),
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("figures", "figures"),
+    shell:
+        "forgetrace figures --config {params.config:q} --name exemplars-{wildcards.shown:q} > {log:q} 2>&1"
+
+
+rule figure_retrieval:
+    input:
+        [
+            layout.table(name)
+            for name in layout.tables()
+            if name in ("retrieval", "retrieval_per_query")
+        ],
+    output:
+        report(
+            layout.figure("retrieval", "png"),
+            caption="../report/retrieval.rst",
+            category="Customised models",
+            labels={"what": "all methods"},
+        ),
+        layout.figure("retrieval", "pdf"),
+    log:
+        log_file("figures", "retrieval"),
+    benchmark:
+        benchmark_file("figures", "retrieval")
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("figures", ("score", "methods")),
+    shell:
+        "forgetrace figures --config {params.config:q} --name retrieval > {log:q} 2>&1"
+
+
+rule figure_reliability:
+    input:
+        [
+            layout.table(name)
+            for name in layout.tables()
+            if name in ("calibration", "reliability")
+        ],
+    output:
+        report(
+            layout.figure("reliability", "png"),
+            caption="../report/reliability.rst",
+            category="Customised models",
+            labels={"what": "reliability"},
+        ),
+        layout.figure("reliability", "pdf"),
+    log:
+        log_file("figures", "reliability"),
+    benchmark:
+        benchmark_file("figures", "reliability")
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("figures", ("score", "methods")),
+    shell:
+        "forgetrace figures --config {params.config:q} --name reliability > {log:q} 2>&1"
+
+
 rule all_figures:
     input:
         [

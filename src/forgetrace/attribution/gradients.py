@@ -13,11 +13,11 @@ from forgetrace.curvature.draws import attention_for_gradients, losses_for_gradi
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet, load_weights
 from forgetrace.diffusion.noise import NoiseBank, spaced_timesteps
+from forgetrace.diffusion.subsets import select
 from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import Layout
 from forgetrace.progress import progress
 from forgetrace.unlearning.step import Query, Weights, query_gradient
-from forgetrace.unlearning.subsets import select
 from forgetrace.unlearning.variants import load_curvature, read_query
 
 HELD = 2**32  # bytes of directions

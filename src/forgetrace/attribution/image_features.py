@@ -39,9 +39,9 @@ class EncodedImages(Comparable):
         """The encoder's name and the SHA-256 of its files."""
         return {"encoder": self.encoder, "files": self._encode.files}
 
-    def of_training_images(self) -> np.ndarray:
-        """(N, d), float32."""
-        names = read_table(self.layout.index)["file_name"]
+    def of_training_images(self, first: int = 0) -> np.ndarray:
+        """(N - first, d), float32: of all training images, or of those behind the first."""
+        names = read_table(self.layout.index)["file_name"][first:]
         return self._features(names.tolist(), TrainingImages(self.layout))
 
     def query_input(self, query: str) -> str:

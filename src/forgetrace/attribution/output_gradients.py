@@ -21,8 +21,8 @@ from forgetrace.curvature.per_example import per_example_gradients
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.loss import predicted
 from forgetrace.diffusion.model import load_scheduler, load_unet
+from forgetrace.diffusion.subsets import select
 from forgetrace.layout import Layout
-from forgetrace.unlearning.subsets import select
 
 
 class Examples(NamedTuple):
@@ -51,7 +51,7 @@ class OutputGradients:
         Args:
             layout: the experiment; its seed is that of P.
             output: one of ``OUTPUTS``.
-            weights: the subset to differentiate by, as :func:`forgetrace.unlearning.subsets.select` takes it.
+            weights: the subset to differentiate by, as :func:`forgetrace.diffusion.subsets.select` takes it.
             dimension: of φ.
             device: where to compute, as :func:`forgetrace.diffusion.device.pick_device` takes it.
         """

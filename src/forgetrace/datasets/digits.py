@@ -62,7 +62,7 @@ def examples(seed: int) -> Iterator[Example]:
     for i, label in enumerate(labels):
         ink, background = inks[ink_of[i]], backgrounds[background_of[i]]
         caption = f"a {WEIGHTS[weights[i]]} {ink} {DIGITS[label]} {SLANTS[slants[i]]} on a {background} background"
-        yield Example(f"digit-{i:04d}", _paint(coverage[i], INKS[ink], BACKGROUNDS[background]), caption)
+        yield Example(f"digit-{i:04d}", paint(coverage[i], INKS[ink], BACKGROUNDS[background]), caption)
 
 
 def _coverage() -> tuple[np.ndarray, np.ndarray]:
@@ -115,6 +115,7 @@ def _tertile(values: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.quantile(values, [1 / 3, 2 / 3]), values, side="right")
 
 
-def _paint(coverage: np.ndarray, ink: tuple, background: tuple) -> np.ndarray:
+def paint(coverage: np.ndarray, ink: tuple, background: tuple) -> np.ndarray:
+    """Ink on a background by coverage in [0, 1]: (height, width) -> (height, width, 3), uint8."""
     blend = coverage[..., None] * np.array(ink) + (1 - coverage[..., None]) * np.array(background)
     return np.rint(blend).astype(np.uint8)

@@ -24,7 +24,7 @@ def check_data(layout: Layout) -> None:
     if not (config.encode.pipeline or config.encode.given):  # what an autoencoder takes is known with its weights
         codec_of(config.encode).encode(np.zeros((1, *shape), dtype=np.uint8))
     images = min(images, config.encode.max_images or images)
-    for key in ("k", "pooled_k") if config.train.trains else ():
+    for key in ("k", "pooled_k") if config.leaves_out else ():
         if too_large := [k for k in getattr(config.retrain, key) if k >= images]:
             raise UserError(f"retrain.{key}: {too_large[0]} images cannot be left out of {images}; choose a smaller K.")
 

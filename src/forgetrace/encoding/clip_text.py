@@ -69,6 +69,15 @@ def text_files(pipeline: str) -> dict[str, str]:
 @functools.lru_cache(maxsize=1)
 def _encoder(pipeline: str, device: "torch.device | str") -> tuple:
     """Tokenizer and text encoder, loaded once."""
+    return load_clip(pipeline, device)
+
+
+def load_clip(pipeline: str, device: "torch.device | str" = "cpu") -> tuple:
+    """A pipeline's tokenizer and text encoder, which nobody else holds.
+
+    Raises:
+        UserError: the pipeline has no text encoder that can be read.
+    """
     from transformers import AutoTokenizer, CLIPTextModel
 
     folder = parts(pipeline, PARTS)

@@ -42,6 +42,19 @@ def weights_folder() -> Path:
     return folder
 
 
+def load() -> tuple:
+    """MiniLM's tokenizer and model, in evaluation mode.
+
+    Raises:
+        UserError: as :func:`weights_folder`.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = weights_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer, AutoModel.from_pretrained(folder, local_files_only=True).eval()
+
+
 def longest(captions: list[str]) -> int:
     """Tokens of the longest caption."""
     from transformers import AutoTokenizer
@@ -65,11 +78,8 @@ def token_states(captions: list[str], tokens: int | None = None, batch: int = 25
         UserError: as :func:`weights_folder`, or a caption is longer than ``tokens``.
     """
     import torch
-    from transformers import AutoModel, AutoTokenizer
 
-    folder = weights_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    tokenizer, model = load()
     lengths = [len(ids) for ids in tokenizer(captions)["input_ids"]]
     tokens = tokens or max(lengths)
     most = model.config.max_position_embeddings

@@ -13,7 +13,7 @@ import pandas as pd
 from forgetrace.artifacts import write_json, write_table
 from forgetrace.config import RANDOM, SEED_SET
 from forgetrace.encoding.images import load_encoder
-from forgetrace.evaluation import lds
+from forgetrace.evaluation import lds, reliability, retrieval
 from forgetrace.evaluation.agreement import agreement
 from forgetrace.evaluation.comparisons import COMPARISONS, Pair, family
 from forgetrace.evaluation.cost import cost
@@ -50,7 +50,7 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
     """
     resamples, seed, retrain = layout.config.evaluate.bootstrap, layout.config.seed, layout.config.retrain
     tables = {}
-    if layout.config.train.trains:
+    if layout.config.leaves_out:
         values = per_query(layout, encode, partial)
         compared = comparisons(values, resamples, seed)
         tables = {"per_query": values, "counterfactual": counterfactual(values, resamples, seed)}
@@ -67,8 +67,12 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
         tables["unlearning"] = unlearning(layout, encode or load_encoder(layout.config.evaluate.encoder), partial)
     if retrain.subsets or retrain.pools:
         tables |= {"agreement": agreement(layout, partial), "cost": cost(layout)}
-    if layout.config.train.trains:
+    if layout.config.leaves_out:
         tables["comparisons"] = compared
+    if layout.config.customize:
+        tables |= retrieval.tables(layout, partial)
+    if layout.config.learn:
+        tables |= reliability.tables(layout)
     for name, table in tables.items():
         write_table(layout.table(name), table)
     write_json(layout.metrics, means(tables))
@@ -150,6 +154,8 @@ def means(tables: dict[str, pd.DataFrame]) -> dict[str, dict[str, dict[str, floa
     if "lds" in tables:
         for row in tables["lds"].itertuples():
             nested.setdefault("lds", {}).setdefault(row.method, {})[row.queries] = float(f"{row.mean:.6g}")
+    if "retrieval" in tables:
+        nested["retrieval"] = retrieval.headline(tables["retrieval"])
     return nested
 
 

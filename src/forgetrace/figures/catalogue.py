@@ -3,7 +3,10 @@
 from importlib import import_module
 
 from forgetrace.artifacts import UserError
+from forgetrace.datasets.concepts import names as names_of
 from forgetrace.layout import Layout
+
+GRIDS = 3  # test models of each kind with figures of their own
 
 
 def names(layout: Layout) -> list[str]:
@@ -11,9 +14,22 @@ def names(layout: Layout) -> list[str]:
     config = layout.config
     grids = [f"attribution-{query}" for query in config.queries()]
     grids += [f"counterfactual-{query}" for query in config.judged_queries()]
+    grids += [f"exemplars-{query}" for query in shown(layout)]
     first = [] if config.train.pretrained else ["training"]
-    last = {"delta": config.train.trains, "lds": config.retrain.subsets, "unlearning": config.evaluate.others}
+    last = {"delta": config.leaves_out, "lds": config.retrain.subsets, "unlearning": config.evaluate.others}
+    last |= {"retrieval": config.customize, "reliability": config.learn}
     return [*first, *grids, *(name for name, wanted in last.items() if wanted)]
+
+
+def shown(layout: Layout) -> list[str]:
+    """Images of customised models whose candidates are shown: the first and the last of a few test models."""
+    config, chosen = layout.config, []
+    models = names_of(config.customize, config.seed)["test"] if config.customize else []
+    for kind in ("object", "style"):
+        for model in [name for name in models if name.startswith(kind)][:GRIDS]:
+            last = len(config.customize.prompts[kind].queries()) - 1
+            chosen += dict.fromkeys(f"{model}-{i:02d}" for i in (0, last))
+    return chosen
 
 
 def draw(layout: Layout, name: str) -> None:

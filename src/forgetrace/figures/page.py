@@ -6,6 +6,7 @@ from unicodedata import east_asian_width
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from forgetrace.figures.style import FAINT, INK, MUTED, PAPER
 
@@ -46,6 +47,12 @@ class Page:
         left, top = _whole_pixels(x), _whole_pixels(y)
         extent = (left, left + width, top + height, top)
         self._axes.imshow(pixels, extent=extent, interpolation="nearest", aspect="auto")
+
+    def border(self, x: float, y: float, size: float, colour: str) -> None:
+        """Mark the square image that will be placed there."""
+        left, top, width = _whole_pixels(x), _whole_pixels(y), 0.03
+        square = Rectangle((left - width, top - width), size + 2 * width, size + 2 * width, facecolor=colour)
+        self._axes.add_patch(square)
 
     def blank(self, x: float, y: float, size: float, text: str) -> None:
         """Place a grey square with a text where there is no image to show."""

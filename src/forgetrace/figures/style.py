@@ -7,7 +7,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from forgetrace.artifacts import atomic
-from forgetrace.config import RANDOM, SEED_SET
+from forgetrace.config import LEARNED, RANDOM, SEED_SET
 from forgetrace.layout import Layout
 
 DPI = 160
@@ -85,4 +85,4 @@ def marker_of(layout: Layout, method: str) -> str:
 
 
 def _place(layout: Layout, method: str) -> int:
-    return [name for name in layout.config.score.methods if name != RANDOM].index(method)
+    return [name for name in (*layout.config.score.methods, LEARNED) if name != RANDOM].index(method)

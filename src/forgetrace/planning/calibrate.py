@@ -144,9 +144,9 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     from forgetrace.diffusion.inference import for_inference
     from forgetrace.diffusion.model import build_scheduler, build_unet, frozen
     from forgetrace.diffusion.sampling import sample
+    from forgetrace.diffusion.subsets import select
     from forgetrace.encoding.captions import caption_states
     from forgetrace.unlearning.step import BATCH, Query, query_gradient, query_loss
-    from forgetrace.unlearning.subsets import select
 
     torch.set_num_threads(1)
     config, target, rows = layout.config, pick_device(device), read_metadata(layout.metadata)

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from forgetrace.artifacts import UserError, read_tensors
+from forgetrace.diffusion.subsets import select
 from forgetrace.release.model import load_saved
 from forgetrace.release.source import EKFAC, Release
-from forgetrace.unlearning.subsets import select
 
 NEEDED = "cross-attn-kv"  # the weights both projects unlearn
 AGAIN = "take both from one release, or download it again"

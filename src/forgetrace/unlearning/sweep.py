@@ -15,12 +15,12 @@ from forgetrace.artifacts import UserError
 from forgetrace.config import Variant
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet, load_weights
+from forgetrace.diffusion.subsets import select
 from forgetrace.diffusion.synthesis import generate_query
 from forgetrace.encoding.store import load_encoded
 from forgetrace.layout import Layout
 from forgetrace.unlearning.sample import others_loss
 from forgetrace.unlearning.step import Query, move, query_gradient, query_loss
-from forgetrace.unlearning.subsets import select
 from forgetrace.unlearning.variants import carry_out, load_curvature, step_scale
 
 BISECTIONS = 5

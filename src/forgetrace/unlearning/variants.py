@@ -12,13 +12,13 @@ from forgetrace.curvature.diagonal import DiagonalFisher
 from forgetrace.curvature.ekfac import EKFAC
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet
+from forgetrace.diffusion.subsets import select
 from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import Layout
 from forgetrace.unlearning.forward_inf import unlearn_by_adam
 from forgetrace.unlearning.mucs import unlearn_mirrored, untrained_loss
 from forgetrace.unlearning.sample import others_loss
 from forgetrace.unlearning.step import Query, Weights, query_loss, unlearn
-from forgetrace.unlearning.subsets import select
 
 
 def unlearn_query(layout: Layout, variant: str, query: str, device: str = "auto") -> None:

@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 
 from forgetrace.diffusion.model import build_unet
-from forgetrace.unlearning.subsets import select
+from forgetrace.diffusion.subsets import select
 
 from ..conftest import settings
 

@@ -1,0 +1,23 @@
+"""Which queries of a customised model each method ranks the candidates for."""
+
+from forgetrace.datasets import concepts
+from forgetrace.layout import Layout
+
+
+def costly_queries(layout: Layout, model: str, queries: list[str]) -> list[str]:
+    """Those of a model's queries that costly methods rank for too, spread evenly over its prompts."""
+    costly = layout.config.retrieve.costly if layout.config.retrieve else None
+    tested = concepts.names(layout.config.customize, layout.config.seed)["test"]
+    alike = [name for name in tested if name.partition("-")[0] == model.partition("-")[0]]
+    if costly is None or not costly.methods or model not in alike[: costly.models]:
+        return []
+    count = min(costly.queries, len(queries))
+    return [queries[i * len(queries) // count] for i in range(count)]
+
+
+def asked(layout: Layout, model: str, queries: list[str]) -> dict[str, list[str]]:
+    """The queries of a model that each method ranks for; methods with none are left out."""
+    costly = layout.config.retrieve.costly.methods if layout.config.retrieve else []
+    some = costly_queries(layout, model, queries)
+    per_method = {method: some if method in costly else queries for method in layout.config.score.methods}
+    return {method: own for method, own in per_method.items() if own}

@@ -1,0 +1,65 @@
+"""The ``retrieve`` stage: a customised model's exemplars, found among them and the whole base set by every method.
+
+One job ranks for all images of a model, so that imports, θ0's files and the scan of the customised model are paid for
+once. Score tables are kept as they come: a killed job goes on with the query it was at.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+from forgetrace.artifacts import provenance, read_json, read_table, write_table
+from forgetrace.attribution.asked import asked
+from forgetrace.attribution.candidates import Candidates, candidates, discard, exemplar_ids
+from forgetrace.attribution.registry import attributor
+from forgetrace.attribution.scan import scan
+from forgetrace.attribution.score import score
+from forgetrace.attribution.unlearning import Unlearning
+from forgetrace.layout import Layout
+from forgetrace.unlearning.variants import unlearn_query
+
+RANKS = ["model", "query", "method", "image_id", "score", "rank"]
+
+
+def retrieve(layout: Layout, model: str, device: str = "auto") -> None:
+    """Write ``layout.ranks(model)`` and the score tables it is taken from.
+
+    Raises:
+        UserError: a file of the model or of the base experiment is missing or damaged.
+    """
+    files = layout.customized(model)
+    record = read_json(files["record"])
+    wanted = asked(layout, model, [entry["query"] for entry in record["queries"]])
+    own = candidates(layout, model, list(wanted))
+    for method, queries in wanted.items():
+        rank_for(own, method, queries, device)
+    ids = exemplar_ids(model, len(record["exemplars"]))
+    rows = []
+    for method, queries in wanted.items():
+        for query in queries:
+            table = read_table(own.score(method, query)).set_index("image_id").loc[ids]
+            rows += [(model, query, method, *row) for row in table[["score", "rank"]].itertuples()]
+    made_by = provenance(layout.config.digest_of("seed", "score"), files | {"base": layout.encode_manifest})
+    write_table(layout.ranks(model), pd.DataFrame(rows, columns=RANKS), made_by)
+    discard(own)
+
+
+def rank_for(own: Candidates, method: str, queries: list[str], device: str = "auto") -> None:
+    """Write a method's score tables for some queries, as far as they are not there."""
+    source = attributor(own, method, device)
+    if isinstance(source, Unlearning):
+        scan_missing(own, source, queries, device)
+    score(own.asking(queries), method, device=device)
+
+
+def scan_missing(own: Candidates, source: Unlearning, queries: list[str], device: str) -> None:
+    """Unlearn each query and scan all candidates, the customised model itself first."""
+    variant = source.options.variant or source.method
+    if not Path(own.base_scan).exists():
+        scan(own, device=device)
+    for query in queries:
+        if Path(own.scan(variant, query)).exists():
+            continue
+        if not Path(own.unlearned(variant, query)["losses"]).exists():
+            unlearn_query(own, variant, query, device)
+        scan(own, variant, query, device)

@@ -1,0 +1,185 @@
+"""Custom Diffusion (arXiv 2212.04488): θ0 learns one concept from a few exemplars, as a new token V*.
+
+Cross-attention's ``to_k`` and ``to_v`` (or another subset of weights) and the embedding of V* are trained; all else
+stays θ0's. Each step minimises
+
+    mean L(z, c; θ) over draws of exemplars + w · mean L(z, c; θ) over as many draws of the prior set,
+
+the prior set being training images with their own captions, whose token states are the frozen ones. Captions are never
+dropped. A training takes seconds to minutes and keeps no checkpoints: a killed one is run again and ends the same.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from forgetrace.artifacts import UserError, provenance, read_json, write_arrays, write_image, write_json, write_tensors
+from forgetrace.config import Customize
+from forgetrace.datasets.concepts import Concept, concept, names
+from forgetrace.diffusion.device import make_deterministic, pick_device
+from forgetrace.diffusion.loss import draw_losses
+from forgetrace.diffusion.model import load_scheduler, load_unet
+from forgetrace.diffusion.subsets import select
+from forgetrace.diffusion.synthesis import generate
+from forgetrace.encoding.codec import codec_of
+from forgetrace.encoding.new_token import NewToken, text_encoder
+from forgetrace.encoding.store import Encoded, load_encoded
+from forgetrace.layout import Layout
+from forgetrace.progress import progress
+from forgetrace.randomness import generator
+
+REPORTED = 50  # steps whose mean loss, first and last, is recorded
+
+
+def query_names(layout: Layout, model: str) -> list[str]:
+    """Names of the images a customised model generates."""
+    count = len(layout.config.customize.prompts[model.partition("-")[0]].queries())
+    return [f"{model}-{i:02d}" for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Exemplars:
+    """The exemplars of a concept as a model sees them.
+
+    Attributes:
+        latents: (n, C, H, W), float32, or (2n, C, H, W) with mirror images behind all others.
+        prompts: n prompts.
+    """
+
+    latents: torch.Tensor
+    prompts: list[str]
+
+
+def customize(layout: Layout, model: str, device: str = "auto") -> None:
+    """Train one customised model and generate its images; writes every file of ``layout.customized(model)``.
+
+    Raises:
+        UserError: the images are no squares of the size the glyphs are drawn in, a prompt is too long, the rare token
+            is none, or the loss is not finite.
+    """
+    config, files, settings = layout.config, layout.customized(model), layout.config.customize
+    manifest, target = read_json(layout.encode_manifest), pick_device(device)
+    make_deterministic()
+    encoded, unet, scheduler = load_encoded(layout), load_unet(layout, target), load_scheduler(layout)
+    learned = concept(model, settings, config.seed, _side(manifest["image_shape"]))
+    tokens = manifest["caption_shape"][0]
+    token = NewToken(text_encoder(config.encode, tokens, target), settings.rare_token, tokens)
+    exemplars = _exemplars(layout, learned, target)
+    queries = settings.prompts[learned.kind].queries()
+    token.states([*exemplars.prompts, *(prompt for _, prompt in queries)])  # all fit, or nothing is trained
+    prior = prior_rows(settings, encoded, config.seed)
+    losses = train(unet, scheduler, token, exemplars, encoded, prior, settings, config.seed, model)
+    made_by = provenance(config.digest_of("seed", "customize"), {"weights": layout.weights})
+    weights = dict(unet.named_parameters())
+    write_tensors(files["weights"], {name: weights[name] for name in trained_names(unet, settings)}, made_by)
+    write_tensors(files["token"], {"token": token.row}, made_by)
+    with torch.no_grad():
+        states = token.states(exemplars.prompts).cpu().numpy()
+        prompts = token.states([prompt for _, prompt in queries]).cpu().numpy()
+    write_arrays(files["exemplars"], {"latents": exemplars.latents.cpu().numpy(), "states": states}, made_by)
+    for i, exemplar in enumerate(learned.exemplars):
+        write_image(layout.customized_image(model, f"exemplar-{i:02d}"), exemplar.image)
+    own = query_names(layout, model)
+    noise = initial_noise(config.seed, own, manifest["latent_shape"])
+    latents = generate(layout, unet, noise, prompts)
+    write_arrays(files["queries"], {"latents": latents, "initial_noise": noise, "prompts": prompts}, made_by)
+    for name, image in zip(own, codec_of(config.encode, target).decode(latents), strict=True):
+        write_image(layout.customized_image(model, name), image)
+    listed = [{"query": n, "manner": m, "prompt": p} for n, (m, p) in zip(own, queries, strict=True)]
+    part = next(part for part, models in names(settings, config.seed).items() if model in models)
+    record = {"model": model, "kind": learned.kind, "part": part, "exemplars": exemplars.prompts, "queries": listed}
+    record |= {"loss": {"first": losses[:REPORTED].mean().item(), "last": losses[-REPORTED:].mean().item()}}
+    write_json(files["record"], record | {"made_by": made_by})
+
+
+def trained_names(unet: UNet2DConditionModel, settings: Customize) -> list[str]:
+    """Names of the weights that customisation changes."""
+    return select([name for name, _ in unet.named_parameters()], settings.weights)
+
+
+def prior_rows(settings: Customize, encoded: Encoded, seed: int) -> np.ndarray:
+    """The prior set, the same for all models of an experiment; sorted rows of D, int64."""
+    return np.sort(generator(seed, "prior set").permutation(len(encoded))[: settings.prior_images])
+
+
+def initial_noise(seed: int, queries: list[str], shape: list[int]) -> np.ndarray:
+    """Where sampling starts, a function of each query's own name; (n, C, H, W), float32."""
+    streams = [generator(seed, "customised query", query) for query in queries]
+    return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+
+
+def train(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    token: NewToken,
+    exemplars: Exemplars,
+    encoded: Encoded,
+    prior: np.ndarray,
+    settings: Customize,
+    seed: int,
+    name: str,
+) -> np.ndarray:
+    """Customise a model and a token, in place.
+
+    Args:
+        unet: θ0, frozen; afterwards the customised model, frozen.
+        scheduler: its schedule.
+        token: the new token.
+        exemplars: of the concept.
+        encoded: D.
+        prior: its rows to preserve.
+        settings: the recipe.
+        seed: the experiment's.
+        name: of the model, for its random numbers.
+
+    Returns:
+        Exemplars' loss at every step, (steps,), float64.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    weights = dict(unet.named_parameters())
+    own = [weights[weight].requires_grad_() for weight in trained_names(unet, settings)]
+    optimizer = torch.optim.AdamW([*own, token.row], lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    distinct = sorted(set(exemplars.prompts))
+    row_of = torch.tensor([distinct.index(prompt) for prompt in exemplars.prompts])
+    losses = np.empty(settings.steps)
+    for step in progress(range(settings.steps), total=settings.steps, unit="step", what=f"customize {name}"):
+        random = generator(seed, "customize", name, step)
+        count, shape = settings.batch_size, tuple(exemplars.latents.shape[1:])
+        chosen, kept = random.integers(len(exemplars.prompts), size=count), random.choice(prior, size=count)
+        timesteps = random.integers(scheduler.config.num_train_timesteps, size=2 * count)
+        noise = random.standard_normal((2 * count, *shape), dtype=np.float32)
+        mirrored = random.integers(2, size=count) if settings.flips else 0
+        picks = random.random((count, 2)) if encoded.has_views else None
+        prior_latents, prior_states = encoded.examples(kept, picks)
+        states = token.states(distinct)[row_of[chosen].to(token.row.device)]
+        latents = torch.cat([exemplars.latents[chosen + mirrored * len(exemplars.prompts)], prior_latents])
+        found = draw_losses(
+            unet, scheduler, latents, torch.cat([states, prior_states.to(states.device)]), timesteps, noise
+        )
+        loss = found[:count].mean()
+        (loss + settings.prior_weight * found[count:].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[step] = loss.item()
+        if not np.isfinite(losses[step]):
+            raise UserError(f"Customising {name} diverged at step {step + 1}: lower customize.learning_rate.")
+    unet.requires_grad_(False)
+    return losses
+
+
+def _exemplars(layout: Layout, learned: Concept, device: torch.device) -> Exemplars:
+    images = np.stack([exemplar.image for exemplar in learned.exemplars])
+    if layout.config.customize.flips or layout.config.encode.flips:
+        images = np.concatenate([images, images[:, :, ::-1]])
+    latents = codec_of(layout.config.encode, device).encode(np.ascontiguousarray(images))
+    return Exemplars(torch.from_numpy(latents), [exemplar.caption for exemplar in learned.exemplars])
+
+
+def _side(shape: list[int]) -> int:
+    if shape[0] != shape[1]:
+        raise UserError(f"customize: concepts are drawn as squares, the images here are {shape[0]}x{shape[1]}.")
+    return shape[0]

@@ -1,0 +1,158 @@
+"""A customised model as an experiment of its own, through every kind of method."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forgetrace.artifacts import read_array, read_arrays, read_json, read_table, read_tensors, sha256_of
+from forgetrace.attribution import retrieve as module
+from forgetrace.attribution.asked import asked
+from forgetrace.attribution.candidates import candidates, discard, exemplar_ids
+from forgetrace.attribution.registry import attributor
+from forgetrace.attribution.retrieve import retrieve
+from forgetrace.datasets.concepts import names
+from forgetrace.diffusion.customization import customize
+from forgetrace.diffusion.synthesis import generate
+from forgetrace.encoding.store import load_encoded
+from forgetrace.unlearning.variants import read_query
+
+from ..conftest import in_child
+from ..customized import customised_layout
+
+METHODS = {"unlearn": {"attributor": "unlearning"}, "pixel": {}, "text": {}, "unet-features": {"noises": 2}}
+METHODS |= {"influence": {"timesteps": 2, "weights": "cross-attn-kv"}, "random": {}}
+COSTLY = {"costly": {"methods": ["influence"], "models": 1, "queries": 1}}
+
+
+@pytest.fixture
+def layout(tiny, monkeypatch):
+    layout = customised_layout(monkeypatch, score={"methods": METHODS}, retrieve=COSTLY)
+    customize(layout, style(layout), "cpu")
+    return layout
+
+
+def style(layout) -> str:
+    return next(name for name in names(layout.config.customize, 5)["test"] if name.startswith("style"))
+
+
+def test_exemplars_stand_behind_the_base_set_with_their_own_prompts(layout):
+    own = candidates(layout, style(layout), ["pixel"])
+    base, encoded, exemplars = load_encoded(layout), load_encoded(own), read_arrays(layout.customized(own.model)["exemplars"])
+    assert encoded.image_ids == [*base.image_ids, *exemplar_ids(own.model, 3)]
+    np.testing.assert_array_equal(encoded.latents[: len(base)], base.latents)
+    np.testing.assert_array_equal(encoded.latents[len(base) :], exemplars["latents"])
+    rows = np.array([0, 7, len(base), len(base) + 2])
+    states = encoded.states(encoded.caption(rows)).numpy()
+    np.testing.assert_array_equal(states[:2], base.states(base.caption(rows[:2])).numpy())
+    np.testing.assert_array_equal(states[2:], exemplars["states"][[0, 2]])
+    np.testing.assert_array_equal(encoded.captions[encoded.empty_row], base.captions[base.empty_row])
+
+
+def test_mirror_images_of_exemplars_stand_behind_those_of_the_base_set(tiny, monkeypatch):
+    from forgetrace.encoding.encode import encode
+
+    layout = customised_layout(monkeypatch, encode={"flips": True})
+    encode(layout)
+    customize(layout, style(layout), "cpu")
+    own = candidates(layout, style(layout), ["random"])
+    latents, base = read_array(own.latents), read_array(layout.latents)
+    assert len(latents) == 2 * (40 + 3) == len(base) + 6
+    np.testing.assert_array_equal(latents[43:83], base[40:])
+    np.testing.assert_array_equal(latents[83:], latents[40:43].reshape(3, 3, 2, 2, 8, 8)[..., ::-1][:, :, :, ::-1].reshape(3, 12, 8, 8))
+
+
+def test_the_attributed_model_is_the_customised_one(layout):
+    own = candidates(layout, style(layout), ["pixel"])
+    changed = read_tensors(layout.customized(own.model)["weights"])
+    weights, base = read_tensors(own.weights), read_tensors(layout.weights)
+    assert all((weights[name] == changed.get(name, base[name])).all() for name in base)
+    query, arrays = own.config.queries()[1], read_arrays(layout.customized(own.model)["queries"])
+    np.testing.assert_array_equal(read_query(own, query).latent.numpy(), arrays["latents"][1])
+    import torch
+
+    from forgetrace.diffusion.model import load_unet
+
+    again = generate(own, load_unet(own, torch.device("cpu")), arrays["initial_noise"], arrays["prompts"])
+    np.testing.assert_array_equal(again, arrays["latents"])
+
+
+def test_every_method_ranks_the_base_set_and_the_exemplars(layout):
+    retrieve(layout, style(layout), "cpu")
+    found = read_table(layout.ranks(style(layout)))
+    queries = [entry["query"] for entry in read_json(layout.customized(style(layout))["record"])["queries"]]
+    assert found.groupby("method")["query"].nunique().to_dict() == {
+        "unlearn": 2, "pixel": 2, "text": 2, "unet-features": 2, "influence": 1, "random": 2,
+    }  # fmt: skip
+    for method, own in asked(layout, style(layout), queries).items():
+        for query in own:
+            table = read_table(layout.retrieved(style(layout), method, query))
+            assert len(table) == 40 + 3
+            ranks = found[(found["method"] == method) & (found["query"] == query)].set_index("image_id")["rank"]
+            assert ranks.to_dict() == {
+                image: int(table.index[table["image_id"] == image][0]) + 1 for image in exemplar_ids(style(layout), 3)
+            }
+    assert not Path(layout.checkpoints(f"retrieve/{style(layout)}")).exists()
+
+
+def test_a_killed_run_goes_on_with_the_query_it_was_at_and_ends_the_same(layout, monkeypatch):
+    model, done = style(layout), []
+    retrieve(layout, model, "cpu")
+    before = read_table(layout.ranks(model))
+    Path(layout.ranks(model)).unlink()
+    shutil.rmtree(Path(layout.root, "retrieve"))
+    unlearn = module.unlearn_query
+
+    def killed():
+        def once(*arguments):
+            if done:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.append(unlearn(*arguments))
+
+        module.unlearn_query = once
+        retrieve(layout, model, "cpu")
+
+    assert in_child(killed) == signal.SIGKILL
+    monkeypatch.setattr(module, "unlearn_query", lambda *a: done.append(a[2]) or unlearn(*a))
+    retrieve(layout, model, "cpu")
+    assert done == [f"{model}-01"]
+    assert read_table(layout.ranks(model)).equals(before)
+
+
+def test_leftovers_of_another_config_are_thrown_away(layout):
+    own = candidates(layout, style(layout), ["pixel"])
+    stale = Path(own.root, "scan/base.npz")
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    stale.touch()
+    candidates(layout, style(layout), ["pixel"])
+    assert stale.exists()
+    candidates(layout, style(layout), ["pixel", "random"])
+    assert not stale.exists()
+    discard(own)
+    assert not Path(own.root).exists()
+
+
+def test_features_of_an_image_encoder_are_computed_for_exemplars_alone(layout, monkeypatch):
+    from forgetrace.attribution.image_features import EncodedImages
+    from forgetrace.encoding.image_encoder import ImageEncoder
+
+    seen = []
+
+    def prepare(images):
+        seen.append(len(images))
+        return images.reshape(len(images), -1)[:, :12].astype(np.float32)
+
+    monkeypatch.setattr("forgetrace.encoding.images.SHIPPED", {"efficientnet-lite0": lambda d: ImageEncoder(prepare, lambda x: x, {})})
+    methods = {"efficientnet": {}}
+    layout = customised_layout(monkeypatch, score={"methods": methods})
+    EncodedImages(layout, "efficientnet-lite0").fit()
+    seen.clear()
+    own = candidates(layout, style(layout), ["efficientnet"])
+    assert sum(seen) == 3
+    scores = attributor(own, "efficientnet").scores(own.config.queries()[0])
+    assert scores.shape == (43,)
+    base = sha256_of(layout.features(EncodedImages(layout, "efficientnet-lite0").name))
+    assert base == sha256_of(layout.features(EncodedImages(layout, "efficientnet-lite0").name))
