@@ -411,6 +411,46 @@ def compare_release(
     typer.echo(compared.mean(numeric_only=True).to_string(float_format="%.4g"))
 
 
+@app.command("evaluate-abc")
+def evaluate_abc(
+    background: Annotated[Path, typer.Option(help="Features of the background images, laion_subset.pth.")],
+    features: Annotated[Path, typer.Option(help="Features of a file of test cases, such as test_artchive.pth.")],
+    cases: Annotated[
+        Path | None,
+        typer.Option(help="The test cases, such as json/test_artchive.json: checks that they are the same."),
+    ] = None,
+    heads: Annotated[Path | None, typer.Option(help="Learned heads, such as mapper/clip_tuned.pth.")] = None,
+    calibrator: Annotated[
+        Path | None, typer.Option(help="Such as calibrator/clip_tuned.pth: also the probability of the exemplars.")
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Also write every query's metrics, as .csv.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Judge published features on the published customised models (AbC): average precision and recall of exemplars."""
+    from forgetrace.artifacts import write_table
+    from forgetrace.diffusion.device import pick_device
+    from forgetrace.release.abc import (
+        check_cases,
+        read_calibrator,
+        read_case_features,
+        read_cases,
+        read_features,
+        read_heads,
+    )
+    from forgetrace.release.abc_judge import judge, summarised
+
+    known = read_features(background)
+    width = known.values.shape[1]
+    found = read_case_features(features, width)
+    if cases:
+        check_cases(features, found, read_cases(cases))
+    learned = read_heads(heads, width) if heads else None
+    values = judge(known, found, learned, read_calibrator(calibrator) if calibrator else None, pick_device(device))
+    if table:
+        write_table(table, values)
+    typer.echo(summarised(values).to_string(index=False, float_format="%.4f"))
+
+
 @app.command()
 def tidy(
     config: ConfigPath,

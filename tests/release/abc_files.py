@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from forgetrace.unlearning.subsets import select
+from forgetrace.diffusion.subsets import select
 
 WIDTH, BACKGROUND, EMBEDDING = 6, 40, 5
 KINDS = {"media": 3, "gpt": 2}  # queries of each model
@@ -56,7 +56,8 @@ def background() -> dict:
 def heads() -> dict:
     """Content of the learned heads."""
     generator = torch.Generator().manual_seed(7)
-    linear = lambda: {"weight": torch.randn(WIDTH, WIDTH, generator=generator), "bias": torch.randn(WIDTH)}  # noqa: E731
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    linear = lambda: {"weight": draw(WIDTH, WIDTH), "bias": draw(WIDTH)}  # noqa: E731
     return {"real_mapper": linear(), "synth_mapper": linear()}
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from forgetrace.artifacts import UserError
+from forgetrace.attribution.calibration import Calibration
+from forgetrace.attribution.heads import Heads
 from forgetrace.release.model import AGAIN, load_restricted
 
 BIAS_GAIN = 1e-3  # the published calibrator keeps -λ as a multiple of this
@@ -64,25 +66,6 @@ class CaseFeatures:
     spans: list[tuple[int, int]]
     queries: dict[str, Features]
     models: dict[str, list[int]]
-
-
-@dataclass(frozen=True)
-class Calibrator:
-    """P(z|ẑ) ∝ ReLU(exp((s - s_0)/τ) - λ), s_0 the largest similarity s of the query (AbC, sec. 5).
-
-    Attributes:
-        inverse_temperature: 1/τ.
-        threshold: λ.
-    """
-
-    inverse_temperature: float
-    threshold: float
-
-    def probabilities(self, similarities: torch.Tensor) -> torch.Tensor:
-        """Similarities (Q, n) of each query to all candidates -> probabilities (Q, n), rows sum to 1."""
-        scaled = similarities * self.inverse_temperature
-        kept = (torch.exp(scaled - scaled.amax(dim=1, keepdim=True)) - self.threshold).relu()
-        return kept / kept.sum(dim=1, keepdim=True)
 
 
 def moved(files: Iterable[str], old: str, new: str) -> list[str]:
@@ -209,7 +192,7 @@ def check_cases(path: Path, features: CaseFeatures, cases: list[Case]) -> None:
             raise UserError(f"{path} holds features of other images than the test cases name ({what}: {where}).")
 
 
-def read_heads(path: Path, width: int) -> tuple[torch.nn.Linear, torch.nn.Linear]:
+def read_heads(path: Path, width: int) -> Heads:
     """The learned heads h, of training images, and h̃, of synthesized ones, such as ``mapper/clip_tuned.pth``.
 
     Args:
@@ -219,20 +202,18 @@ def read_heads(path: Path, width: int) -> tuple[torch.nn.Linear, torch.nn.Linear
     Raises:
         UserError: the file is damaged, or of other features; every key must match.
     """
-    content, heads = _mapping(path, HEADS), []
-    for name in HEADS:
+    content, heads = _mapping(path, HEADS), Heads(width)
+    for name, head in zip(HEADS, (heads.training_image, heads.generated), strict=True):
         shapes = {"weight": (width, width), "bias": (width,)}
         weights = content[name]
         found = {key: tuple(w.shape) for key, w in weights.items()} if isinstance(weights, Mapping) else None
         if found != shapes:
             raise UserError(f"{path} holds {found} as {name}, expected {shapes}: it is of other features, or damaged.")
-        head = torch.nn.Linear(width, width)
         head.load_state_dict(weights)
-        heads.append(head.requires_grad_(False).float())
-    return heads[0], heads[1]
+    return heads.requires_grad_(False)
 
 
-def read_calibrator(path: Path) -> Calibrator:
+def read_calibrator(path: Path) -> Calibration:
     """The published calibrator, such as ``calibrator/clip_tuned.pth``.
 
     Raises:
@@ -244,11 +225,11 @@ def read_calibrator(path: Path) -> Calibrator:
     ]
     if len(content) != 2 or None in numbers:
         raise UserError(f"{path} holds more than a temperature and a threshold: {AGAIN}.")
-    calibrator = Calibrator(content["inv_tau"].item(), -BIAS_GAIN * content["bias"].item())
+    calibration = Calibration(content["inv_tau"].item(), -BIAS_GAIN * content["bias"].item())
     # λ ≥ 1 would cut off the most similar image too, and leave nothing to divide by.
-    if not calibrator.inverse_temperature > 0 or not calibrator.threshold < 1:
-        raise UserError(f"{path} holds 1/τ = {calibrator.inverse_temperature}, λ = {calibrator.threshold}: {AGAIN}.")
-    return calibrator
+    if not calibration.sharpness > 0 or not calibration.cutoff < 1:
+        raise UserError(f"{path} holds 1/τ = {calibration.sharpness}, λ = {calibration.cutoff}: {AGAIN}.")
+    return calibration
 
 
 def _mapping(path: Path, keys: tuple[str, ...]) -> Mapping:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from forgetrace.artifacts import UserError
+from forgetrace.diffusion.subsets import select
 from forgetrace.release.abc import Case, moved, read_cases, read_listing
 from forgetrace.release.model import AGAIN, load_saved
-from forgetrace.unlearning.subsets import select
 
 WEIGHTS, TOKEN = "pytorch_custom_diffusion_weights.pt", "<new1>"
 PUBLISHED = "dataset"  # the folder that AbC's paths begin with
