@@ -39,7 +39,9 @@ def test_learning_finds_the_direction_that_pairs_share():
     candidates = torch.cat([exemplars for exemplars, _ in unseen])
 
     def found() -> float:
-        return np.mean([(heads.similarities(g, candidates).argmax(axis=1) == i).mean() for i, (_, g) in enumerate(unseen)])
+        return np.mean(
+            [(heads.similarities(g, candidates).argmax(axis=1) == i).mean() for i, (_, g) in enumerate(unseen)]
+        )
 
     settings, steps = Learn(steps=300, every=100, learning_rate=1e-2, temperature=0.2), []
     before = found()

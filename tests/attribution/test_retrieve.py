@@ -41,8 +41,12 @@ def style(layout) -> str:
 
 def test_exemplars_stand_behind_the_base_set_with_their_own_prompts(layout):
     own = candidates(layout, style(layout), ["pixel"])
-    base, encoded, exemplars = load_encoded(layout), load_encoded(own), read_arrays(layout.customized(own.model)["exemplars"])
-    assert encoded.image_ids == [*base.image_ids, *exemplar_ids(own.model, 3)]
+    base, encoded, exemplars = (
+        load_encoded(layout),
+        load_encoded(own),
+        read_arrays(layout.customized(own.concept)["exemplars"]),
+    )
+    assert encoded.image_ids == [*base.image_ids, *exemplar_ids(own.concept, 3)]
     np.testing.assert_array_equal(encoded.latents[: len(base)], base.latents)
     np.testing.assert_array_equal(encoded.latents[len(base) :], exemplars["latents"])
     rows = np.array([0, 7, len(base), len(base) + 2])
@@ -62,15 +66,17 @@ def test_mirror_images_of_exemplars_stand_behind_those_of_the_base_set(tiny, mon
     latents, base = read_array(own.latents), read_array(layout.latents)
     assert len(latents) == 2 * (40 + 3) == len(base) + 6
     np.testing.assert_array_equal(latents[43:83], base[40:])
-    np.testing.assert_array_equal(latents[83:], latents[40:43].reshape(3, 3, 2, 2, 8, 8)[..., ::-1][:, :, :, ::-1].reshape(3, 12, 8, 8))
+    np.testing.assert_array_equal(
+        latents[83:], latents[40:43].reshape(3, 3, 2, 2, 8, 8)[..., ::-1][:, :, :, ::-1].reshape(3, 12, 8, 8)
+    )
 
 
 def test_the_attributed_model_is_the_customised_one(layout):
     own = candidates(layout, style(layout), ["pixel"])
-    changed = read_tensors(layout.customized(own.model)["weights"])
+    changed = read_tensors(layout.customized(own.concept)["weights"])
     weights, base = read_tensors(own.weights), read_tensors(layout.weights)
     assert all((weights[name] == changed.get(name, base[name])).all() for name in base)
-    query, arrays = own.config.queries()[1], read_arrays(layout.customized(own.model)["queries"])
+    query, arrays = own.config.queries()[1], read_arrays(layout.customized(own.concept)["queries"])
     np.testing.assert_array_equal(read_query(own, query).latent.numpy(), arrays["latents"][1])
     import torch
 
@@ -145,7 +151,9 @@ def test_features_of_an_image_encoder_are_computed_for_exemplars_alone(layout, m
         seen.append(len(images))
         return images.reshape(len(images), -1)[:, :12].astype(np.float32)
 
-    monkeypatch.setattr("forgetrace.encoding.images.SHIPPED", {"efficientnet-lite0": lambda d: ImageEncoder(prepare, lambda x: x, {})})
+    monkeypatch.setattr(
+        "forgetrace.encoding.images.SHIPPED", {"efficientnet-lite0": lambda d: ImageEncoder(prepare, lambda x: x, {})}
+    )
     methods = {"efficientnet": {}}
     layout = customised_layout(monkeypatch, score={"methods": methods})
     EncodedImages(layout, "efficientnet-lite0").fit()

@@ -16,7 +16,9 @@ from forgetrace.evaluation.retrieval import (
 )
 
 
-@pytest.mark.parametrize(("ranks", "expected"), [([1], 1.0), ([4], 0.25), ([1, 2, 3], 1.0), ([10, 2], (1 / 2 + 2 / 10) / 2)])
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [([1], 1.0), ([4], 0.25), ([1, 2, 3], 1.0), ([10, 2], (1 / 2 + 2 / 10) / 2)]
+)
 def test_average_precision_by_hand(ranks, expected):
     assert average_precision(np.array(ranks)) == pytest.approx(expected)
 
