@@ -1,8 +1,8 @@
 """A tiny BERT with invented weights in MiniLM's place, whose states are as wide as the tiny experiment's captions."""
 
 WORDS = [
-    "a", "an", "in", "on", "style", "digit", "background", "bold", "red", "white", "black", "gray", "yellow", "zu", "my",
-    "own", "thing", "like", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
+    "a", "an", "in", "on", "style", "digit", "background", "bold", "red", "white", "black", "gray", "yellow", "zu",
+    "my", "own", "thing", "like", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 ]  # fmt: skip
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

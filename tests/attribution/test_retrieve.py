@@ -44,9 +44,9 @@ def test_exemplars_stand_behind_the_base_set_with_their_own_prompts(layout):
     base, encoded, exemplars = (
         load_encoded(layout),
         load_encoded(own),
-        read_arrays(layout.customized(own.model)["exemplars"]),
+        read_arrays(layout.customized(own.concept)["exemplars"]),
     )
-    assert encoded.image_ids == [*base.image_ids, *exemplar_ids(own.model, 3)]
+    assert encoded.image_ids == [*base.image_ids, *exemplar_ids(own.concept, 3)]
     np.testing.assert_array_equal(encoded.latents[: len(base)], base.latents)
     np.testing.assert_array_equal(encoded.latents[len(base) :], exemplars["latents"])
     rows = np.array([0, 7, len(base), len(base) + 2])
@@ -73,10 +73,10 @@ def test_mirror_images_of_exemplars_stand_behind_those_of_the_base_set(tiny, mon
 
 def test_the_attributed_model_is_the_customised_one(layout):
     own = candidates(layout, style(layout), ["pixel"])
-    changed = read_tensors(layout.customized(own.model)["weights"])
+    changed = read_tensors(layout.customized(own.concept)["weights"])
     weights, base = read_tensors(own.weights), read_tensors(layout.weights)
     assert all((weights[name] == changed.get(name, base[name])).all() for name in base)
-    query, arrays = own.config.queries()[1], read_arrays(layout.customized(own.model)["queries"])
+    query, arrays = own.config.queries()[1], read_arrays(layout.customized(own.concept)["queries"])
     np.testing.assert_array_equal(read_query(own, query).latent.numpy(), arrays["latents"][1])
     import torch
 

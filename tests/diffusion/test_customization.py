@@ -127,5 +127,5 @@ def test_a_prompt_that_is_too_long_stops_before_any_training(layout, monkeypatch
 
 def test_a_training_that_diverges_says_so(layout, monkeypatch):
     own = customised_layout(monkeypatch, customize={"learning_rate": 1e30})
-    with pytest.raises(UserError, match="diverged at step .: lower customize.learning_rate"):
+    with pytest.raises(UserError, match=r"diverged at step .: lower customize.learning_rate"):
         customize(own, names(own.config.customize, 5)["test"][0], "cpu")

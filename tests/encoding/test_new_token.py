@@ -67,5 +67,5 @@ def test_the_clip_of_a_pipeline_takes_a_new_token_too(tmp_path):
 def test_a_prompt_that_is_too_long_and_a_token_that_is_none_are_named(token):
     with pytest.raises(UserError, match=r"'V\* style style style style style style style' has 10 tokens.* 8;"):
         token.states(["a V*", "V* style style style style style style style"])
-    with pytest.raises(UserError, match="customize.rare_token: the text encoder reads 'red digit' as 2 tokens"):
+    with pytest.raises(UserError, match=r"customize.rare_token: the text encoder reads 'red digit' as 2 tokens"):
         NewToken(token._encoder, "red digit", LENGTH)

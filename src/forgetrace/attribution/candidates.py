@@ -46,16 +46,16 @@ class Candidates(Layout):
 
     Attributes:
         base: the experiment the model was customised in.
-        model: its name.
+        concept: the model's name.
     """
 
     base: Layout
-    model: str
+    concept: str
 
     @property
     def root(self) -> str:
         """Folder of what is needed until all methods have ranked."""
-        return self.base.checkpoints(f"retrieve/{self.model}")
+        return self.base.checkpoints(f"retrieve/{self.concept}")
 
     @property
     def architecture(self) -> str:
@@ -73,7 +73,7 @@ class Candidates(Layout):
 
     def score(self, method: str, query: str) -> str:
         """Kept when all else is removed."""
-        return self.base.retrieved(self.model, method, query)
+        return self.base.retrieved(self.concept, method, query)
 
     def asking(self, queries: list[str]) -> "Candidates":
         """The same with some of its queries."""
@@ -181,8 +181,8 @@ def _write_encoded(own: Candidates, exemplars: dict[str, np.ndarray], record: di
     caption_rows = list(range(len(captions) - 1, len(captions) - 1 + count))
     more = pd.DataFrame(
         {
-            "image_id": exemplar_ids(own.model, count),
-            "file_name": exemplar_files(base, own.model, count),
+            "image_id": exemplar_ids(own.concept, count),
+            "file_name": exemplar_files(base, own.concept, count),
             "caption": record["exemplars"],
             "caption_row": caption_rows,
         }

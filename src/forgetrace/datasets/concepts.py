@@ -90,6 +90,19 @@ def names(settings: Customize, seed: int) -> dict[str, list[str]]:
     return parts
 
 
+def check_concepts(settings: Customize, seed: int, shape: list[int]) -> None:
+    """Check before anything runs that all concepts can be drawn and captioned.
+
+    Raises:
+        UserError: there are not so many, a caption has a place that cannot be filled, or images are no squares.
+    """
+    parts = names(settings, seed)
+    if shape[0] != shape[1]:
+        raise UserError(f"customize: concepts are drawn as squares, the images here are {shape[0]}x{shape[1]}.")
+    for name in {name.partition("-")[0]: name for part in parts.values() for name in part}.values():
+        concept(name, settings, seed, shape[0])
+
+
 def concept(name: str, settings: Customize, seed: int, size: int) -> Concept:
     """The concept of a name that :func:`names` gives.
 

@@ -56,14 +56,13 @@ def customize(layout: Layout, model: str, device: str = "auto") -> None:
     """Train one customised model and generate its images; writes every file of ``layout.customized(model)``.
 
     Raises:
-        UserError: the images are no squares of the size the glyphs are drawn in, a prompt is too long, the rare token
-            is none, or the loss is not finite.
+        UserError: a prompt is too long, the rare token is none, or the loss is not finite.
     """
     config, files, settings = layout.config, layout.customized(model), layout.config.customize
     manifest, target = read_json(layout.encode_manifest), pick_device(device)
     make_deterministic()
     encoded, unet, scheduler = load_encoded(layout), load_unet(layout, target), load_scheduler(layout)
-    learned = concept(model, settings, config.seed, _side(manifest["image_shape"]))
+    learned = concept(model, settings, config.seed, manifest["image_shape"][0])
     tokens = manifest["caption_shape"][0]
     token = NewToken(text_encoder(config.encode, tokens, target), settings.rare_token, tokens)
     exemplars = _exemplars(layout, learned, target)
@@ -177,9 +176,3 @@ def _exemplars(layout: Layout, learned: Concept, device: torch.device) -> Exempl
         images = np.concatenate([images, images[:, :, ::-1]])
     latents = codec_of(layout.config.encode, device).encode(np.ascontiguousarray(images))
     return Exemplars(torch.from_numpy(latents), [exemplar.caption for exemplar in learned.exemplars])
-
-
-def _side(shape: list[int]) -> int:
-    if shape[0] != shape[1]:
-        raise UserError(f"customize: concepts are drawn as squares, the images here are {shape[0]}x{shape[1]}.")
-    return shape[0]
