@@ -19,6 +19,7 @@ Name = Annotated[str, Field(pattern=NAME)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Subset = Literal["cross-attn-kv", "cross-attn", "attn", "mlp", "all"]
+BUNDLED = ("digits", "digit-pairs")  # datasets that ship with a package
 STEP = 4  # draws by which a narrowed scan goes on
 SEED_SET = "seed"  # the "method" of retrainings on all of D: only the training seed differs
 RANDOM = "random"
@@ -58,9 +59,9 @@ class Section(BaseModel):
 class Prepare(Section):
     """Build the dataset: images, captions and the split into pools."""
 
-    dataset: Literal["digits", "folder", "coco"] = Field(
+    dataset: Literal["digits", "digit-pairs", "folder", "coco"] = Field(
         "digits",
-        description="Dataset source: the bundled digits, a Hugging Face ImageFolder of your own, or COCO 2017. Images "
+        description="Dataset source: the bundled digits, one or two to a picture, a Hugging Face ImageFolder of your own, or COCO 2017. Images "
         "of the last two stay where they are; what is made goes to data/<dataset>, of changed settings to a folder "
         "that names them.",
     )
@@ -92,9 +93,9 @@ class Prepare(Section):
     @model_validator(mode="after")
     def _own_or_bundled(self):
         keys = {"path": self.path, "size": self.size}
-        if self.dataset == "digits" and (useless := [key for key, value in keys.items() if value is not None]):
-            raise ValueError(f"{' and '.join(useless)} would have no effect with dataset digits: remove the key")
-        if self.dataset != "digits" and (missing := [key for key, value in keys.items() if value is None]):
+        if self.dataset in BUNDLED and (useless := [key for key, value in keys.items() if value is not None]):
+            raise ValueError(f"{' and '.join(useless)} would have no effect with dataset {self.dataset}: remove the key")
+        if self.dataset not in BUNDLED and (missing := [key for key, value in keys.items() if value is None]):
             raise ValueError(f"dataset {self.dataset} needs {' and '.join(missing)}")
         return self
 

