@@ -9,6 +9,7 @@ import numpy as np
 from forgetrace.artifacts import read_array, read_arrays, read_image, read_table
 from forgetrace.attribution.contract import Attributor
 from forgetrace.datasets.images import TrainingImages
+from forgetrace.diffusion.regions import region_of
 from forgetrace.randomness import generator
 
 AT_ONCE = 2**26  # float64 numbers in memory, half a gigabyte: all digits
@@ -22,25 +23,34 @@ class Pixel(Attributor):
 
     def inputs(self, query: str) -> list[str]:
         """The index (for file names), the dataset and the query's image."""
-        return [self.layout.index, self.layout.data_manifest, self.layout.query(query)["image"]]
+        own = [self.layout.query(query)["tensors"]] if self.layout.config.region(query) else []
+        return [self.layout.index, self.layout.data_manifest, self.layout.query(query)["image"], *own]
 
     def shaped_by(self) -> dict:
         """Whether queries are compared mirrored too."""
         return {"flips": True} if self.layout.config.encode.flips else {}
 
     def scores(self, query: str) -> np.ndarray:
-        """Similarity of every training image to the query; where D is flipped, to the nearer of its orientations."""
-        pixels = read_image(self.layout.query(query)["image"])
-        scores = self._similarities(self._flat(pixels))
+        """Similarity of every training image to the query; where D is flipped, to the nearer of its orientations.
+
+        Of a region, only its pixels are compared.
+        """
+        pixels, inside = read_image(self.layout.query(query)["image"]), region_of(self.layout, query)
+        inside = np.ones(pixels.shape[:2], dtype=bool) if inside is None else inside
+        scores = self._similarities(pixels, inside)
         if not self.layout.config.encode.flips:
             return scores
-        return np.maximum(scores, self._similarities(self._flat(pixels[:, ::-1])))
+        return np.maximum(scores, self._similarities(pixels[:, ::-1], inside[:, ::-1]))
 
-    def _similarities(self, own: np.ndarray) -> np.ndarray:
+    def _similarities(self, pixels: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        """Similarity to an image (height, width, 3) within a mask (height, width), (N,)."""
+        own = self._flat(pixels[inside])
         names, read = read_table(self.layout.index)["file_name"].tolist(), TrainingImages(self.layout)
         block = max(1, AT_ONCE // len(own))
         parts = (names[start : start + block] for start in range(0, len(names), block))
-        return np.concatenate([self.similarity(np.stack([self._flat(read(n)) for n in part]), own) for part in parts])
+        return np.concatenate(
+            [self.similarity(np.stack([self._flat(read(n)[inside]) for n in part]), own) for part in parts]
+        )
 
     @staticmethod
     def similarity(images: np.ndarray, query: np.ndarray) -> np.ndarray:
