@@ -18,7 +18,9 @@ NAME = r"^[a-z0-9]([a-z0-9_.-]*[a-z0-9])?$"
 Name = Annotated[str, Field(pattern=NAME)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+Box = tuple[int, int, int, int]
 Subset = Literal["cross-attn-kv", "cross-attn", "attn", "mlp", "all"]
+BUNDLED = ("digits", "digit-pairs")  # datasets that ship with a package
 STEP = 4  # draws by which a narrowed scan goes on
 SEED_SET = "seed"  # the "method" of retrainings on all of D: only the training seed differs
 RANDOM = "random"
@@ -63,9 +65,9 @@ class Section(BaseModel):
 class Prepare(Section):
     """Build the dataset: images, captions and the split into pools."""
 
-    dataset: Literal["digits", "folder", "coco"] = Field(
+    dataset: Literal["digits", "digit-pairs", "folder", "coco"] = Field(
         "digits",
-        description="Dataset source: the bundled digits, a Hugging Face ImageFolder of your own, or COCO 2017. Images "
+        description="Dataset source: the bundled digits, one or two to a picture, a Hugging Face ImageFolder of your own, or COCO 2017. Images "
         "of the last two stay where they are; what is made goes to data/<dataset>, of changed settings to a folder "
         "that names them.",
     )
@@ -97,9 +99,11 @@ class Prepare(Section):
     @model_validator(mode="after")
     def _own_or_bundled(self):
         keys = {"path": self.path, "size": self.size}
-        if self.dataset == "digits" and (useless := [key for key, value in keys.items() if value is not None]):
-            raise ValueError(f"{' and '.join(useless)} would have no effect with dataset digits: remove the key")
-        if self.dataset != "digits" and (missing := [key for key, value in keys.items() if value is None]):
+        if self.dataset in BUNDLED and (useless := [key for key, value in keys.items() if value is not None]):
+            raise ValueError(
+                f"{' and '.join(useless)} would have no effect with dataset {self.dataset}: remove the key"
+            )
+        if self.dataset not in BUNDLED and (missing := [key for key, value in keys.items() if value is None]):
             raise ValueError(f"dataset {self.dataset} needs {' and '.join(missing)}")
         return self
 
@@ -322,6 +326,39 @@ class ImageQuery(Section):
         return [self.name]
 
 
+class Region(Section):
+    """A part of the queries' images that is attributed on its own, as the query <query>-<name>."""
+
+    boxes: list[Box] | None = Field(
+        None, min_length=1, description="Boxes [x0, y0, x1, y1] in pixels, x1 and y1 exclusive; their union is meant."
+    )
+    mask: str | None = Field(
+        None, min_length=1, description="Image of the query's size: what is brighter than half is inside."
+    )
+    file: str | None = Field(
+        None,
+        min_length=1,
+        description="JSON or YAML file of boxes by query, and by region where it holds several: "
+        "{report-00: {left: [0, 0, 16, 16]}}.",
+    )
+    phrase: str | None = Field(
+        None, min_length=1, description="What to look for in the image, with synthesize.detector: a dog."
+    )
+    queries: list[Name] | None = Field(None, min_length=1, description="Queries that have the region (null: all).")
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if sum(value is not None for value in (self.boxes, self.mask, self.file, self.phrase)) != 1:
+            raise ValueError("give one of boxes, mask, file and phrase")
+        for x0, y0, x1, y1 in self.boxes or []:
+            if not (0 <= x0 < x1 and 0 <= y0 < y1):
+                raise ValueError(
+                    f"the box [{x0}, {y0}, {x1}, {y1}] is empty or begins outside the image: give 0 <= x0 < x1 and "
+                    "0 <= y0 < y1"
+                )
+        return self
+
+
 class Synthesize(Section):
     """Generate the images whose influence is asked for."""
 
@@ -331,6 +368,35 @@ class Synthesize(Section):
     )
     sampler_steps: Positive = Field(25, description="DDIM steps.")
     guidance: float = Field(1.0, ge=0, description="Classifier-free guidance scale; 1 is none.")
+
+    regions: dict[Name, Region] = Field(
+        {},
+        description="Parts of the queries' images that are attributed on their own (docs/regions.md), by name.",
+        exclude_if=_unused,
+    )
+    detector: str | None = Field(
+        None,
+        min_length=1,
+        description="GroundingDINO that finds the phrases of regions: a model of transformers as owner/model, "
+        "owner/model@revision or a folder.",
+        exclude_if=_unused,
+    )
+    detector_threshold: Share | None = Field(
+        None,
+        description="Confidence from which a box of the detector counts (0.3 where it is not given).",
+        exclude_if=_unused,
+    )
+
+    @model_validator(mode="after")
+    def _detector(self):
+        phrases = [name for name, region in self.regions.items() if region.phrase]
+        if phrases and not self.detector:
+            raise ValueError(
+                f"regions.{phrases[0]}.phrase needs a detector, such as detector: IDEA-Research/grounding-dino-tiny"
+            )
+        if (self.detector or self.detector_threshold) and not phrases:
+            raise ValueError("detector and detector_threshold have no effect without a region's phrase: remove them")
+        return self
 
 
 class Fit(Section):
@@ -490,6 +556,11 @@ class Method(Section):
         description="Noises per timestep for the gradients of a query, or that unet-features averages over (4).",
         exclude_if=_unused,
     )
+    draws: Positive | None = Field(
+        None,
+        description="Draws of (t, ε) for the gradient of a query (influence; by default those of an unlearning step).",
+        exclude_if=_unused,
+    )
     dimension: Positive | None = Field(
         None, description="Dimension gradients are projected to (TRAK family).", exclude_if=_unused
     )
@@ -576,6 +647,12 @@ class Evaluate(Section):
         ge=0,
         description="Images of other prompts that are generated again with a query unlearned, to see whether "
         "forgetting it spares them (AbU: 99; 0: not done).",
+        exclude_if=_unused,
+    )
+    precision_k: list[Positive] = Field(
+        [],
+        description="With regions left and right of dataset digit-pairs: how many top-ranked images are looked at for "
+        "the digits and inks they share with each side.",
         exclude_if=_unused,
     )
     reference: str | None = Field(
@@ -770,6 +847,7 @@ class Config(Section):
                 "synthesize.queries: " + ("give none ([]), customize names its own" if names else "give one at least")
             )
         self._check_given()
+        self._check_regions()
         if self.evaluate.others and not (self.unlearn and self.forgotten_queries()):
             raise ValueError("evaluate.others: there is no unlearning variant, or no generated query, to look at")
         if (self.retrain.queries or 0) > len(names):
@@ -791,6 +869,22 @@ class Config(Section):
                     f"synthesize.queries: the pool '{pool.pool}' has only {size} captions, not {pool.count}"
                 )
         return self
+
+    def _check_regions(self) -> None:
+        """Refuse regions of unknown queries, and precision where nothing tells what is in a region."""
+        for name, region in self.synthesize.regions.items():
+            if unknown := sorted(set(region.queries or []) - set(self.whole_queries())):
+                raise ValueError(
+                    f"synthesize.regions.{name}.queries: there is no query '{unknown[0]}' "
+                    f"(there are {', '.join(self.whole_queries())})"
+                )
+        if self.evaluate.precision_k and (
+            self.prepare.dataset != "digit-pairs" or set(self.synthesize.regions) != {"left", "right"}
+        ):
+            raise ValueError(
+                "evaluate.precision_k: only the dataset digit-pairs says what is in which part of an image, for the "
+                "regions left and right; remove the key"
+            )
 
     def _check_given(self) -> None:
         """Refuse what published latents and token states cannot serve."""
@@ -815,8 +909,29 @@ class Config(Section):
                 raise ValueError(f"{what}, or name the Stable Diffusion pipeline it was made with in encode.pipeline")
 
     def queries(self) -> list[str]:
-        """Names of all queries, in the order of the config."""
+        """Names of all queries, in the order of the config; those of its regions follow a query."""
+        return [name for whole in self.whole_queries() for name in (whole, *self.regions_of(whole).values())]
+
+    def whole_queries(self) -> list[str]:
+        """Names of the queries that are whole images, in the order of the config."""
         return [name for entry in self.synthesize.queries for name in entry.names()]
+
+    def regions_of(self, whole: str) -> dict[str, str]:
+        """The queries that are regions of a whole image, by the region's name."""
+        regions = self.synthesize.regions.items()
+        return {name: f"{whole}-{name}" for name, region in regions if not region.queries or whole in region.queries}
+
+    def region(self, query: str) -> tuple[str, str] | None:
+        """The whole query and the name of the region that a query stands for; None of a whole image."""
+        if not self.synthesize.regions or query in (wholes := self.whole_queries()):
+            return None
+        found = ((whole, name) for whole in wholes for name, own in self.regions_of(whole).items() if own == query)
+        return next(found, None)
+
+    def whole(self, query: str) -> str:
+        """The query whose image a query is a region of; of a whole image, itself."""
+        region = self.region(query)
+        return region[0] if region else query
 
     def judged_queries(self) -> list[str]:
         """Names of the queries with leave-K-out models; none where no model can be trained."""
@@ -824,7 +939,7 @@ class Config(Section):
 
     def origin(self, query: str) -> str:
         """Where a query is from: its caption pool (tuning or report), ``own`` for an image that was given."""
-        return query.rpartition("-")[0] if self.generates(query) else "own"
+        return self.whole(query).rpartition("-")[0] if self.generates(query) else "own"
 
     def reported_queries(self) -> list[str]:
         """Names of the queries of the report pool, on which methods are compared; of all where there are none."""
@@ -836,11 +951,13 @@ class Config(Section):
 
     def image_query(self, name: str) -> ImageQuery | None:
         """The user's image behind a query, or None where the query is another kind's."""
+        name = self.whole(name)
         own = (q for q in self.synthesize.queries if isinstance(q, ImageQuery) and q.name == name)
         return next(own, None)
 
     def given_query(self, name: str) -> tuple[GivenQueries, int] | None:
         """The published set a query is from and its number there, or None where it is another kind's."""
+        name = self.whole(name)
         sets = (entry for entry in self.synthesize.queries if isinstance(entry, GivenQueries))
         return next(((entry, entry.names().index(name)) for entry in sets if name in entry.names()), None)
 

@@ -332,6 +332,7 @@ class Layout:
         names += ["calibration", "reliability"] if self.config.learn else []
         names += ["lds", "lds_per_query"] if retrain.subsets else []
         names += ["pooled"] if retrain.pools else []
+        names += ["regions", "regions_summary"] if self.config.evaluate.precision_k else []
         names += ["unlearning"] if self.config.evaluate.others else []
         return names + (["agreement", "cost"] if retrain.subsets or retrain.pools else [])
 

@@ -14,6 +14,7 @@ from forgetrace.attribution import registry
 from forgetrace.config import HALF_SET, RANDOM, SEED_SET, load_config
 from forgetrace.datasets import concepts
 from forgetrace.datasets.registry import source_files
+from forgetrace.diffusion.regions import region_files
 from forgetrace.encoding import given, pipeline
 from forgetrace.encoding.check import check_data
 from forgetrace.figures import catalogue
@@ -68,6 +69,8 @@ VERSIONS = yaml.safe_load(
 )
 QUERIES = layout.config.queries()
 JUDGED_QUERIES = layout.config.judged_queries()
+# Queries that are a region of another one.
+REGIONS = [query for query in QUERIES if layout.config.region(query)]
 # Images from elsewhere: nobody can generate them again.
 OWN_IMAGES = [query for query in QUERIES if not layout.config.generates(query)]
 JUDGED = [method for method in layout.config.retrain.methods if method != RANDOM]
@@ -138,6 +141,11 @@ def own_image(query):
         return [*files.values(), given.query_image(entry.given, entry.name, number)]
     own = layout.config.image_query(query)
     return [own.image] if own else []
+
+
+def settings_of_region(query):
+    """What the config says of the region that a query is."""
+    return layout.config.synthesize.regions[layout.config.region(query)[1]]
 
 
 def given_fisher(curvature):

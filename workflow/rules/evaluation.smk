@@ -13,7 +13,12 @@ REPORTED = {
     "retrieval": ("Customised models", "summary"),
     "retrieval_comparisons": ("Customised models", "pairs of methods"),
     "calibration": ("Customised models", "mass on exemplars"),
+    "regions_summary": ("Regions", "what top images share"),
 }
+
+
+# Tables that look at all scores, not only at what retrained models say.
+SCORES_EVALUATED = MEASURED_AT_ONCE or layout.config.evaluate.precision_k
 
 
 rule evaluate:
@@ -21,10 +26,10 @@ rule evaluate:
         [path for query in QUERIES for path in measures(query)],
         [path for query in QUERIES for path in layout.query(query).values()],
         MEASURED_AT_ONCE,
-        [layout.index] if MEASURED_AT_ONCE else [],
+        [layout.index] if SCORES_EVALUATED else [],
         (
             [path for query in QUERIES for path in scores(query)]
-            if MEASURED_AT_ONCE
+            if SCORES_EVALUATED
             else []
         ),
         [

@@ -63,6 +63,73 @@ rule figure_attribution:
         " > {log:q} 2>&1"
 
 
+rule figure_regions:
+    input:
+        lambda wildcards: [
+            path
+            for query in [
+                wildcards.query,
+                *layout.config.regions_of(wildcards.query).values(),
+            ]
+            for path in [*scores(query), *layout.query(query).values()]
+        ],
+        layout.index,
+        layout.data_manifest,
+    output:
+        report(
+            layout.figure("regions-{query}", "png"),
+            caption="../report/regions.rst",
+            category="Regions",
+            labels={"what": "{query}"},
+        ),
+        layout.figure("regions-{query}", "pdf"),
+    log:
+        log_file("figures", "regions-{query}"),
+    benchmark:
+        benchmark_file("figures", "regions-{query}")
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("figures", "figures"),
+    shell:
+        "forgetrace figures --config {params.config:q} --name regions-{wildcards.query:q}"
+        " > {log:q} 2>&1"
+
+
+rule figure_precision:
+    input:
+        [layout.table(name) for name in layout.tables() if name == "regions_summary"],
+    output:
+        report(
+            layout.figure("precision", "png"),
+            caption="../report/precision.rst",
+            category="Regions",
+            labels={"what": "all queries"},
+        ),
+        layout.figure("precision", "pdf"),
+    log:
+        log_file("figures", "precision"),
+    benchmark:
+        benchmark_file("figures", "precision")
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=shaped_by("figures", ("score", "methods")),
+    shell:
+        "forgetrace figures --config {params.config:q} --name precision > {log:q} 2>&1"
+
+
 rule figure_counterfactual:
     input:
         lambda wildcards: measures(wildcards.query),

@@ -52,6 +52,8 @@ rule synthesize:
         log_file("synthesize", "{query}"),
     benchmark:
         benchmark_file("synthesize", "{query}")
+    wildcard_constraints:
+        query=one_of(layout.config.whole_queries()),
     priority: SCORES_NEXT
     conda:
         "../envs/forgetrace.yaml"
@@ -68,6 +70,43 @@ rule synthesize:
             ("synthesize", "sampler_steps"),
             ("synthesize", "guidance"),
             prompt=getattr(layout.config.image_query(wildcards.query), "prompt", None),
+        ),
+    shell:
+        "forgetrace synthesize --config {params.config:q} --query {wildcards.query:q} --threads {threads}"
+        " --device auto > {log:q} 2>&1"
+
+
+# A region of a query: the same image, latent and noise, and which part of them is meant.
+rule synthesize_region:
+    input:
+        lambda wildcards: list(
+            layout.query(layout.config.whole(wildcards.query)).values()
+        ),
+        region=lambda wildcards: region_files(settings_of_region(wildcards.query)),
+    output:
+        list(layout.query("{query}").values()),
+    log:
+        log_file("synthesize", "{query}"),
+    benchmark:
+        benchmark_file("synthesize", "{query}")
+    wildcard_constraints:
+        query=one_of(REGIONS),
+    priority: SCORES_NEXT
+    conda:
+        "../envs/forgetrace.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        config=CONFIG_FILE,
+        shaped_by=lambda wildcards: shaped_by(
+            "synthesize",
+            region=settings_of_region(wildcards.query).model_dump(mode="json"),
+            detector=(
+                layout.config.synthesize.detector,
+                layout.config.synthesize.detector_threshold,
+            ),
         ),
     shell:
         "forgetrace synthesize --config {params.config:q} --query {wildcards.query:q} --threads {threads}"

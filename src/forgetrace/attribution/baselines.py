@@ -4,11 +4,14 @@ Pixel and text similarity are the rows of AbU's Table 1 (arXiv 2406.09408); ``pi
 the cosine because a cosine of pixels is dominated by the background's brightness.
 """
 
+import functools
+
 import numpy as np
 
 from forgetrace.artifacts import read_array, read_arrays, read_image, read_table
 from forgetrace.attribution.contract import Attributor, Together
 from forgetrace.datasets.images import TrainingImages
+from forgetrace.diffusion.regions import region_of
 from forgetrace.randomness import generator
 
 AT_ONCE = 2**26  # float64 numbers in memory, half a gigabyte: all digits
@@ -23,25 +26,37 @@ class Pixel(Together):
 
     def inputs(self, query: str) -> list[str]:
         """The index (for file names), the dataset and the query's image."""
-        return [self.layout.index, self.layout.data_manifest, self.layout.query(query)["image"]]
+        own = [self.layout.query(query)["tensors"]] if self.layout.config.region(query) else []
+        return [self.layout.index, self.layout.data_manifest, self.layout.query(query)["image"], *own]
 
     def shaped_by(self) -> dict:
         """Whether queries are compared mirrored too."""
         return {"flips": True} if self.layout.config.encode.flips else {}
 
     def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
-        """Similarity of every training image to each query; where D is flipped, to the nearer of its orientations."""
-        pixels = [read_image(self.layout.query(query)["image"]) for query in queries]
-        sides = [1, -1] if self.layout.config.encode.flips else [1]
-        own = [[self._flat(image[:, ::side]) for side in sides] for image in pixels]
+        """Similarity of every training image to each query; where D is flipped, to the nearer of its orientations.
+
+        Of a region, only its pixels are compared.
+        """
+        views = [self._views(query) for query in queries]
         names, read = read_table(self.layout.index)["file_name"].tolist(), TrainingImages(self.layout)
-        block = max(1, AT_ONCE // len(own[0][0]))
+        block = max(1, AT_ONCE // read_image(self.layout.query(queries[0])["image"]).size)
         scores = np.empty((len(queries), len(names)))
         for start in range(0, len(names), block):
-            images = np.stack([self._flat(read(name)) for name in names[start : start + block]])
-            for row, views in zip(scores, own, strict=True):
-                row[start : start + block] = np.max([self.similarity(images, view) for view in views], axis=0)
+            images = np.stack([read(name) for name in names[start : start + block]])
+            flat = functools.cache(lambda mask, images=images: self._flat(images[:, np.array(mask)]))  # of most queries
+            for row, own in zip(scores, views, strict=True):
+                row[start : start + block] = np.max([self.similarity(flat(mask), view) for mask, view in own], axis=0)
         return dict(zip(queries, scores, strict=True))
+
+    def _views(self, query: str) -> list[tuple[tuple, np.ndarray]]:
+        """The query's orientations: which pixels are compared, by row and column, and their numbers."""
+        pixels, inside = read_image(self.layout.query(query)["image"]), region_of(self.layout, query)
+        inside = np.ones(pixels.shape[:2], dtype=bool) if inside is None else inside
+        sides = [1, -1] if self.layout.config.encode.flips else [1]
+        masks = [inside[:, ::side] for side in sides]
+        own = [self._flat(pixels[None, :, ::side][:, mask])[0] for side, mask in zip(sides, masks, strict=True)]
+        return [(tuple(map(tuple, mask.tolist())), view) for mask, view in zip(masks, own, strict=True)]
 
     @staticmethod
     def similarity(images: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -50,7 +65,8 @@ class Pixel(Together):
 
     @staticmethod
     def _flat(pixels: np.ndarray) -> np.ndarray:
-        return pixels.astype(float).ravel() / 127.5 - 1
+        """(n, pixels, 3), uint8 -> (n, 3 · pixels) in [-1, 1]."""
+        return pixels.reshape(len(pixels), -1).astype(float) / 127.5 - 1
 
 
 class PixelL2(Pixel):

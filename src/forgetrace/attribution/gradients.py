@@ -72,10 +72,10 @@ class Gradients:
         """
         return _stack([self._by_timestep(read_query(self.layout, query), noises, unit_length) for query in queries])
 
-    def preconditioned(self, queries: list[str], curvature: str, damping: float) -> Weights:
-        """(F + λ)⁻¹ ∇L(ẑ) / N of each query: an unlearning step by its step size."""
+    def preconditioned(self, queries: list[str], curvature: str, damping: float, draws: int | None = None) -> Weights:
+        """(F + λ)⁻¹ ∇L(ẑ) / N of each query: an unlearning step by its step size; draws, by default those of one."""
         inverse = load_curvature(self.layout, curvature, damping)
-        gradients = [inverse.precondition(self._gradient(query)) for query in queries]
+        gradients = [inverse.precondition(self._gradient(query, draws or DRAWS)) for query in queries]
         return {name: vectors / len(self.encoded) for name, vectors in _stack(gradients).items()}
 
     def datainf(self, queries: list[str], damping: float) -> Weights:
@@ -86,13 +86,13 @@ class Gradients:
             self.unet, self.scheduler, self.encoded, gradients, settings.draws, settings.chunk, self.seed, damping
         )
 
-    def _gradient(self, query: str) -> Weights:
+    def _gradient(self, query: str, draws: int = DRAWS) -> Weights:
         target = read_query(self.layout, query)
         with attention_for_gradients():  # as the gradients of training images
-            return query_gradient(self.unet, self.scheduler, target, self.names, range(DRAWS), self.seed)
+            return query_gradient(self.unet, self.scheduler, target, self.names, range(draws), self.seed)
 
     def _by_timestep(self, query: Query, noises: int, unit_length: bool) -> Weights:
-        bank = NoiseBank(self.seed, f"query {query.name}", np.repeat(self.timesteps, noises), self.shape)
+        bank = NoiseBank(self.seed, f"query {query.drawn_as}", np.repeat(self.timesteps, noises), self.shape)
         noise = bank.draws()
         weights = {name: weight.requires_grad_(name in self.names) for name, weight in self.unet.named_parameters()}
         wanted = [weights[name] for name in self.names]
@@ -105,6 +105,7 @@ class Gradients:
                 query.prompt.expand(noises, -1, -1),
                 np.full(noises, timestep),
                 noise[i * noises : (i + 1) * noises],
+                query.region,
             ).mean()
             gradients = torch.autograd.grad(loss, wanted)
             norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt() if unit_length else 1

@@ -14,6 +14,7 @@ from forgetrace.attribution.baselines import cosine
 from forgetrace.attribution.similarity import Comparable, FeatureSimilarity
 from forgetrace.config import Config
 from forgetrace.datasets.images import TrainingImages
+from forgetrace.diffusion.regions import bounding_box, region_of
 from forgetrace.layout import Layout
 from forgetrace.progress import progress
 
@@ -49,19 +50,30 @@ class EncodedImages(Comparable):
         return self.layout.query(query)["image"]
 
     def of_queries(self, queries: list[str]) -> np.ndarray:
-        """(n, d), float32."""
-        return self._features([self.query_input(query) for query in queries], read_image)
+        """(n, d), float32; of a region, those of the smallest box around it."""
+        return self._features(queries, self._query_image)
 
     def of_mirrored(self, queries: list[str]) -> np.ndarray:
         """(n, d), float32."""
-        return self._features([self.query_input(query) for query in queries], lambda name: read_image(name)[:, ::-1])
+        return self._features(queries, lambda query: self._query_image(query)[:, ::-1])
+
+    def _query_image(self, query: str) -> np.ndarray:
+        """(height, width, 3), uint8."""
+        image, inside = read_image(self.query_input(query)), region_of(self.layout, query)
+        if inside is None:
+            return image
+        x0, y0, x1, y1 = bounding_box(inside)
+        return image[y0:y1, x0:x1]
 
     def _features(self, names: list[str], read: Callable[[str], np.ndarray]) -> np.ndarray:
         parts = []
         with progress(total=len(names), unit="image", what=self.encoder) as bar:
             for start in range(0, len(names), AT_ONCE):
-                images = np.stack([read(name) for name in names[start : start + AT_ONCE]])
-                parts.append(self._encode(images).astype(np.float32))
+                images = [read(name) for name in names[start : start + AT_ONCE]]
+                # One pass for all, unless crops of regions differ in size.
+                same = len({image.shape for image in images}) == 1
+                for block in [np.stack(images)] if same else [image[None] for image in images]:
+                    parts.append(self._encode(block).astype(np.float32))
                 bar.update(len(images))
         return np.concatenate(parts)
 

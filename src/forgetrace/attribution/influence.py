@@ -149,7 +149,7 @@ class Influence(InnerProducts):
     """Influence function with the Fisher as curvature."""
 
     summary = "influence function: inner product weighted by the inverse Fisher, diagonal or EK-FAC"
-    reads = InnerProducts.reads | {"damping", "curvature", "unit_length"}
+    reads = InnerProducts.reads | {"damping", "curvature", "unit_length", "draws"}
 
     def models(self) -> list[str]:
         """θ0."""
@@ -162,7 +162,7 @@ class Influence(InnerProducts):
     def directions(self, gradients: Gradients, queries: list[str]) -> dict:
         """(F + λ)⁻¹ ∇L(ẑ) / N, with the gradient an unlearning step takes."""
         damping = DAMPING if self.options.damping is None else self.options.damping
-        return gradients.preconditioned(queries, self.options.curvature or "diagonal", damping)
+        return gradients.preconditioned(queries, self.options.curvature or "diagonal", damping, self.options.draws)
 
 
 class DataInf(InnerProducts):

@@ -19,7 +19,7 @@ from forgetrace.attribution.projection import project
 from forgetrace.curvature.draws import attention_for_gradients
 from forgetrace.curvature.per_example import per_example_gradients
 from forgetrace.diffusion.device import pick_device
-from forgetrace.diffusion.loss import predicted
+from forgetrace.diffusion.loss import example_means, predicted
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.subsets import select
 from forgetrace.layout import Layout
@@ -61,7 +61,12 @@ class OutputGradients:
         self.names = set(select((name for name, _ in self.unet.named_parameters()), weights))
 
     def mean(
-        self, latents: torch.Tensor, captions: torch.Tensor, timesteps: np.ndarray, noise: np.ndarray
+        self,
+        latents: torch.Tensor,
+        captions: torch.Tensor,
+        timesteps: np.ndarray,
+        noise: np.ndarray,
+        region: torch.Tensor | None = None,
     ) -> np.ndarray:
         """φ of n images, all of them noised by the same w draws of (t, ε).
 
@@ -70,6 +75,7 @@ class OutputGradients:
             captions: token states, (n, tokens, width).
             timesteps: (w,), int64.
             noise: (w, C, H, W), float32.
+            region: weights of the latent positions the output is the mean over, (H, W); by default all alike.
 
         Returns:
             (n, dimension), float32.
@@ -85,10 +91,10 @@ class OutputGradients:
                 some[0].repeat(count),
                 some[1].repeat(count, 1, 1, 1),
             )
-            total += self.single(examples).unflatten(0, (count, -1)).sum(dim=1)
+            total += self.single(examples, region).unflatten(0, (count, -1)).sum(dim=1)
         return (total / draws).cpu().numpy()
 
-    def single(self, examples: Examples) -> torch.Tensor:
+    def single(self, examples: Examples, region: torch.Tensor | None = None) -> torch.Tensor:
         """P g of each of B examples, or P g / ‖g‖ where the output asks for it; (B, dimension), float32."""
         examples = Examples(*(tensor.to(self.device) for tensor in examples))
         count = len(examples.timesteps)
@@ -96,7 +102,7 @@ class OutputGradients:
         def outputs() -> torch.Tensor:
             with attention_for_gradients():
                 prediction, target = predicted(self.unet, self.scheduler, *examples)
-            return OUTPUTS[self.output](prediction, target).flatten(1).mean(dim=1)
+            return example_means(OUTPUTS[self.output](prediction, target), region)
 
         gradients = per_example_gradients(self.unet, outputs, self.names)
         if self.output not in OF_UNIT_LENGTH:

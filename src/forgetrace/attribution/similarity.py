@@ -58,7 +58,8 @@ class FeatureSimilarity(Together):
     def inputs(self, query: str) -> list[str]:
         """The list of training images, their features and the file of the query."""
         compared = self.compared()
-        return [self.layout.index, self.layout.features(compared.name), compared.query_input(query)]
+        own = [self.layout.query(query)["tensors"]] if self.layout.config.region(query) else []
+        return [self.layout.index, self.layout.features(compared.name), compared.query_input(query), *own]
 
     def shaped_by(self) -> dict:
         """Whether queries are compared mirrored too."""

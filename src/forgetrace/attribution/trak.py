@@ -79,19 +79,22 @@ class Trak(Together):
             (dimension,), float32.
         """
         timesteps = spaced_timesteps(self.gradients.timesteps, self.layout.config.train.timesteps)
-        return self.averaged(source, arrays["latent"], arrays["prompt"], timesteps)
+        return self.averaged(source, arrays["latent"], arrays, timesteps)
 
     def averaged(
-        self, source: "OutputGradients", latent: np.ndarray, prompt: np.ndarray, timesteps: np.ndarray
+        self, source: "OutputGradients", latent: np.ndarray, arrays: dict[str, np.ndarray], timesteps: np.ndarray
     ) -> np.ndarray:
-        """φ of one latent (C, H, W) and prompt (tokens, width) over ``noises`` draws of each timestep (T,)."""
+        """φ of one latent (C, H, W), with the query's prompt and region, over ``noises`` draws of each timestep (T,)."""
         import torch
+
+        from forgetrace.diffusion.regions import LATENT
 
         timesteps = np.repeat(timesteps, self.options.noises or self.noises)
         # Not the training images' noises: two gradients of one noise would be alike for that alone.
         bank = NoiseBank(self.layout.config.seed, "query features", timesteps, latent.shape)
-        one = torch.from_numpy(latent)[None], torch.from_numpy(prompt)[None]
-        return source.mean(*one, timesteps, bank.draws())[0]
+        one = torch.from_numpy(latent)[None], torch.from_numpy(arrays["prompt"])[None]
+        region = torch.from_numpy(arrays[LATENT]) if LATENT in arrays else None
+        return source.mean(*one, timesteps, bank.draws(), region)[0]
 
 
 class DTrak(Trak):
@@ -138,7 +141,7 @@ class JourneyTrak(Trak):
             wanted = self.layout.config.train.timesteps * 2 // 5
         steps = journey(self.layout, source.unet, arrays["initial_noise"], arrays["prompt"])
         timestep, estimate, _ = min(steps, key=lambda step: abs(step[0] - wanted))
-        return self.averaged(source, estimate[0].cpu().numpy(), arrays["prompt"], np.array([timestep]))
+        return self.averaged(source, estimate[0].cpu().numpy(), arrays, np.array([timestep]))
 
 
 class Das(Trak):

@@ -11,6 +11,7 @@ from forgetrace.diffusion.device import processor_name
 from forgetrace.diffusion.loss import batched_losses
 from forgetrace.diffusion.model import load_scheduler
 from forgetrace.diffusion.noise import NoiseBank
+from forgetrace.diffusion.regions import LATENT, PIXELS
 from forgetrace.diffusion.synthesis import regenerate
 from forgetrace.encoding.codec import codec_of
 from forgetrace.layout import Layout
@@ -19,7 +20,7 @@ from forgetrace.layout import Layout
 def measure(layout: Layout, unet: UNet2DConditionModel, model: tuple[str, int, str], query: str, key: str) -> None:
     """Write a model's losses on a query and the regenerated image.
 
-    A user's image has no initial noise to be regenerated from: its losses are all there is. The losses are
+    Of a region, the losses inside and outside of it are measured too. A user's image has no initial noise to be regenerated from: its losses are all there is. The losses are
     written last and hold the image's hash, so that a kill between the two cannot pair them with another image.
 
     Args:
@@ -42,26 +43,52 @@ def measure(layout: Layout, unet: UNet2DConditionModel, model: tuple[str, int, s
     if regenerated:
         record |= {"image_sha256": sha256_of(files["image"])}
     record |= {"timesteps": timesteps.tolist(), "losses": [round(float(value), 8) for value in losses]}
+    if LATENT in arrays:
+        record |= {"regions": region_losses(layout, unet, arrays)}
     write_json(files["losses"], record)
 
 
 def brief_measure(layout: Layout, unet: UNet2DConditionModel, query: str) -> dict[str, float]:
     """A model's mean loss on a query and, unless it is a user's, the squared error of what it makes of its noise.
 
+    Of a region, both are those inside.
+
     Returns:
         ``loss``, and ``mse`` of the pixels in [0, 1] between the query and its regenerated image.
     """
     arrays = read_arrays(layout.query(query)["tensors"])
-    found = {"loss": float(query_losses(layout, unet, arrays)[1].mean())}
+    inside = arrays.get(PIXELS, slice(None))
+    found = {"loss": float(query_losses(layout, unet, arrays, arrays.get(LATENT))[1].mean())}
     if "initial_noise" in arrays:
         latent = regenerate(layout, unet, arrays["initial_noise"], arrays["prompt"])
         original, image = codec_of(layout.config.encode, unet.device).decode(np.stack([arrays["latent"], latent]))
-        found["mse"] = float(np.square((image.astype(float) - original) / 255).mean())
+        found["mse"] = float(np.square((image.astype(float) - original) / 255)[inside].mean())
     return found
 
 
-def query_losses(layout: Layout, unet: UNet2DConditionModel, arrays: dict) -> tuple[np.ndarray, np.ndarray]:
+def region_losses(layout: Layout, unet: UNet2DConditionModel, arrays: dict) -> dict[str, float]:
+    """A model's mean loss ``inside`` a region and, unless it is the whole image, ``outside``.
+
+    With a the region's share of the image, the loss of the whole image is a · inside + (1 − a) · outside.
+    """
+    weights = {"inside": arrays[LATENT], "outside": 1 - arrays[LATENT]}
+    return {
+        part: float(query_losses(layout, unet, arrays, region)[1].mean())
+        for part, region in weights.items()
+        if region.any()
+    }
+
+
+def query_losses(
+    layout: Layout, unet: UNet2DConditionModel, arrays: dict, region: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Losses at every ``timestep_stride``-th timestep on a bank shared by all models and queries.
+
+    Args:
+        layout: the experiment.
+        unet: the model.
+        arrays: the query's latent and prompt.
+        region: weights of the latent positions that count, (H, W); by default all alike.
 
     Returns:
         Timesteps (T,), int64, and losses averaged over the draws of each timestep, (T,), float64.
@@ -78,6 +105,7 @@ def query_losses(layout: Layout, unet: UNet2DConditionModel, arrays: dict) -> tu
         torch.from_numpy(arrays["prompt"]).expand(count, -1, -1),
         bank.timesteps,
         bank.draws(),
+        None if region is None else torch.from_numpy(region),
     )
     return timesteps, losses.reshape(settings.draws, -1).mean(axis=0)
 

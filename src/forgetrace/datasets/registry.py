@@ -5,10 +5,13 @@ from pathlib import Path
 from types import ModuleType
 
 from forgetrace.config import Prepare
-from forgetrace.datasets import coco, digits, folder
+from forgetrace.datasets import coco, digit_pairs, digits, folder
 from forgetrace.datasets.contract import Example
 
-SOURCES: dict[str, Callable[[int], Iterator[Example]]] = {"digits": digits.examples}
+SOURCES: dict[str, Callable[[int], Iterator[Example]]] = {
+    "digits": digits.examples,
+    "digit-pairs": digit_pairs.examples,
+}
 # Each has listing(path), images_in(path) and FILES, the names of the files that may list the images.
 OWN: dict[str, ModuleType] = {"folder": folder, "coco": coco}
 

@@ -44,8 +44,11 @@ def example_losses(
     captions: torch.Tensor,
     timesteps: torch.Tensor,
     noise: torch.Tensor,
+    region: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error over the elements of each example: ``‖target − f_θ(z_t, t, c)‖² / (C·H·W)``.
+
+    With a region only over the elements inside, as :func:`example_means` takes it.
 
     Args:
         unet: f_θ.
@@ -54,12 +57,24 @@ def example_losses(
         captions: token states, (B, tokens, width).
         timesteps: (B,), int64.
         noise: ε, (B, C, H, W).
+        region: weights of the latent positions, (H, W).
 
     Returns:
         Losses (B,), float32.
     """
     prediction, target = predicted(unet, scheduler, latents, captions, timesteps, noise)
-    return (prediction - target).square().flatten(1).mean(dim=1)
+    return example_means((prediction - target).square(), region)
+
+
+def example_means(values: torch.Tensor, region: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over the elements of each example, (B, C, H, W) -> (B,).
+
+    With a region of weights w, (H, W): ``Σ w · values / (C · Σ w)``.
+    """
+    if region is None:
+        return values.flatten(1).mean(dim=1)
+    region = region.to(values)
+    return (values * region).flatten(1).sum(dim=1) / (values.shape[1] * region.sum())
 
 
 def draw_losses(
@@ -69,11 +84,12 @@ def draw_losses(
     captions: torch.Tensor,
     timesteps: np.ndarray,
     noise: np.ndarray,
+    region: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`example_losses` of draws as :mod:`forgetrace.diffusion.noise` makes them, on the model's device."""
     device = next(unet.parameters()).device
     tensors = latents, captions, torch.from_numpy(timesteps), torch.from_numpy(noise)
-    return example_losses(unet, scheduler, *(tensor.to(device) for tensor in tensors))
+    return example_losses(unet, scheduler, *(tensor.to(device) for tensor in tensors), region)
 
 
 @torch.no_grad()
@@ -84,6 +100,7 @@ def batched_losses(
     captions: torch.Tensor,
     timesteps: np.ndarray,
     noise: np.ndarray,
+    region: torch.Tensor | None = None,
     batch: int = 128,
 ) -> np.ndarray:
     """:func:`draw_losses` of n examples, a batch at a time.
@@ -95,6 +112,7 @@ def batched_losses(
         captions: token states, (n, tokens, width).
         timesteps: (n,), int64.
         noise: ε, (n, C, H, W), float32.
+        region: weights of the latent positions, (H, W).
         batch: examples at once.
 
     Returns:
@@ -103,5 +121,6 @@ def batched_losses(
     losses = []
     for start in range(0, len(timesteps), batch):
         part = slice(start, start + batch)
-        losses.append(draw_losses(unet, scheduler, latents[part], captions[part], timesteps[part], noise[part]).cpu())
+        examples = latents[part], captions[part], timesteps[part], noise[part]
+        losses.append(draw_losses(unet, scheduler, *examples, region).cpu())
     return torch.cat(losses).double().numpy()

@@ -20,6 +20,7 @@ from forgetrace.datasets.images import read_square
 from forgetrace.datasets.prepare import read_pool
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet
+from forgetrace.diffusion.regions import synthesize_region
 from forgetrace.diffusion.sampling import sample, trajectory
 from forgetrace.encoding.captions import caption_states
 from forgetrace.encoding.codec import clipped, codec_of
@@ -29,12 +30,15 @@ from forgetrace.randomness import generator
 
 
 def synthesize(layout: Layout, query: str, device: str = "auto") -> None:
-    """Write one query's record, image and tensors.
+    """Write one query's record, image and tensors; a region's from those of the whole image.
 
     Raises:
         UserError: the user's image is missing or cannot be read, the prompt is longer than the captions, or a
-            published query does not fit the training data.
+            published query does not fit the training data; as :func:`synthesize_region`.
     """
+    if layout.config.region(query):
+        synthesize_region(layout, query, device)
+        return
     if layout.config.given_query(query):
         _keep(layout, query, *_published(layout, query))
         return

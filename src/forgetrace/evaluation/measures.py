@@ -1,11 +1,12 @@
 """What ``retrain`` left of every model and query, read with checks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from forgetrace.artifacts import UserError, read_image, read_json
+from forgetrace.diffusion.regions import region_of
 from forgetrace.layout import BASE, Layout
 
 Model = tuple[str, int, str]  # (method, k, member)
@@ -21,11 +22,13 @@ class Measure:
         timesteps: the timesteps it averages over.
         image: the query regenerated, shape (height, width, 3), uint8; None for a user's image,
             whose initial noise is unknown.
+        regions: of a region, the mean losses ``inside`` and, where there is one, ``outside``.
     """
 
     loss: float
     timesteps: tuple[int, ...]
     image: np.ndarray | None
+    regions: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,12 @@ class QueryMeasures:
     Attributes:
         original: the query image, shape (height, width, 3), uint8.
         measures: by model; θ0 is among them.
+        inside: of a region, its pixels, (height, width), bool.
     """
 
     original: np.ndarray
     measures: dict[Model, Measure]
+    inside: np.ndarray | None = None
 
 
 def asked_queries(layout: Layout, partial: bool = False) -> list[str]:
@@ -70,7 +75,7 @@ def read_query(layout: Layout, query: str, partial: bool = False) -> QueryMeasur
             image = layout.measure(*model, query)["image"]
             raise UserError(f"{image} has another size than the query image: {_rebuild(image)}")
         measures[model] = measure
-    return QueryMeasures(original, measures)
+    return QueryMeasures(original, measures, region_of(layout, query))
 
 
 def read_measure(layout: Layout, model: Model, query: str) -> Measure:
@@ -84,13 +89,14 @@ def read_measure(layout: Layout, model: Model, query: str) -> Measure:
     try:
         loss, timesteps = float(content["loss"]), tuple(content["timesteps"])
         regenerated = content.get("regenerated", True)
+        regions = {part: float(value) for part, value in content.get("regions", {}).items()}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         path = paths["losses"]
         raise UserError(f"{path} is damaged (no loss or timesteps in it): {_rebuild(path)}") from error
-    if not np.isfinite(loss):
+    if not np.isfinite([loss, *regions.values()]).all():
         path = paths["losses"]
         raise UserError(f"{path} holds the loss {loss}: the model diverged; lower train.learning_rate.")
-    return Measure(loss, timesteps, read_image(paths["image"]) if regenerated else None)
+    return Measure(loss, timesteps, read_image(paths["image"]) if regenerated else None, regions)
 
 
 def read_brief(layout: Layout, model: Model) -> dict[str, dict[str, float]]:

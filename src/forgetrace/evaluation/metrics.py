@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import uniform_filter
 
+from forgetrace.diffusion.regions import bounding_box
+
 # Maps images (n, height, width, 3), uint8, to features (n, d), float64.
 Encoder = Callable[[np.ndarray], np.ndarray]
 
@@ -36,6 +38,14 @@ METRICS = {
     "delta_mse": Metric("ΔG: squared pixel difference", +1),
     "similarity": Metric("Similarity of image features", -1),
     "ssim": Metric("Structural similarity (SSIM)", -1),
+    # Of queries that are a region of an image; the contrast is inside minus outside.
+    "delta_loss_inside": Metric("ΔL inside the region", +1),
+    "delta_loss_outside": Metric("ΔL outside the region", +1),
+    "delta_loss_contrast": Metric("ΔL inside − outside", +1),
+    "delta_mse_inside": Metric("ΔG inside: squared difference", +1),
+    "delta_mse_outside": Metric("ΔG outside: squared difference", +1),
+    "delta_mse_contrast": Metric("ΔG inside − outside", +1),
+    "similarity_inside": Metric("Similarity of the region's features", -1),
 }
 
 
@@ -58,6 +68,35 @@ def image_metrics(original: np.ndarray, regenerated: np.ndarray, encode: Encoder
     }
     if min(original.shape[:2]) >= SSIM_WINDOW:
         values["ssim"] = np.array([structural_similarity(original, image) for image in regenerated])
+    return values
+
+
+def region_metrics(
+    original: np.ndarray, regenerated: np.ndarray, inside: np.ndarray, encode: Encoder
+) -> dict[str, np.ndarray]:
+    """Compare regenerated images with the query image inside and outside a region.
+
+    Args:
+        original: the query image, shape (height, width, 3), uint8.
+        regenerated: images of the models, shape (n, height, width, 3), uint8.
+        inside: the region's pixels, shape (height, width), bool.
+        encode: image encoder behind ``similarity_inside``, which sees the smallest box around the region.
+
+    Returns:
+        ``delta_mse_inside``, ``similarity_inside`` and, where there is an outside, ``delta_mse_outside`` and
+        ``delta_mse_contrast``; arrays of shape (n,), float64.
+    """
+    squares = np.square((regenerated.astype(np.float64) - original) / 255).mean(axis=3)
+    x0, y0, x1, y1 = bounding_box(inside)
+    crops = np.concatenate([original[None], regenerated])[:, y0:y1, x0:x1]
+    features = encode(np.ascontiguousarray(crops))
+    values = {
+        "delta_mse_inside": squares[:, inside].mean(axis=1),
+        "similarity_inside": cosine(features[0], features[1:]),
+    }
+    if not inside.all():
+        values["delta_mse_outside"] = squares[:, ~inside].mean(axis=1)
+        values["delta_mse_contrast"] = values["delta_mse_inside"] - values["delta_mse_outside"]
     return values
 
 

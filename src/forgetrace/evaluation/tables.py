@@ -13,12 +13,12 @@ import pandas as pd
 from forgetrace.artifacts import write_json, write_table
 from forgetrace.config import RANDOM, SEED_SET
 from forgetrace.encoding.images import load_encoder
-from forgetrace.evaluation import lds, reliability, retrieval
+from forgetrace.evaluation import lds, regions, reliability, retrieval
 from forgetrace.evaluation.agreement import agreement
 from forgetrace.evaluation.comparisons import COMPARISONS, Pair, family
 from forgetrace.evaluation.cost import cost
 from forgetrace.evaluation.measures import THETA0, QueryMeasures, asked_queries, read_query
-from forgetrace.evaluation.metrics import METRICS, Encoder, image_metrics
+from forgetrace.evaluation.metrics import METRICS, Encoder, image_metrics, region_metrics
 from forgetrace.evaluation.pooled import pooled
 from forgetrace.evaluation.statistics import (
     bootstrap_means,
@@ -63,6 +63,9 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
         )
     if retrain.pools:
         tables["pooled"] = pooled(layout, partial)
+    if layout.config.evaluate.precision_k:
+        found = regions.read_precision(layout, partial)
+        tables |= {"regions": found, "regions_summary": regions.summary(found, resamples, seed)}
     if layout.config.evaluate.others:
         tables["unlearning"] = unlearning(layout, encode or load_encoder(layout.config.evaluate.encoder), partial)
     if retrain.subsets or retrain.pools:
@@ -81,6 +84,7 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
 def per_query(layout: Layout, encode: Encoder | None = None, partial: bool = False) -> pd.DataFrame:
     """Every metric of every model on every query: query, method, k, member, metric, value.
 
+    A query that is a region has metrics of its own, inside and outside of it.
     θ0's own rows (method ``base``) are a check: its difference of losses is 0 and it regenerates
     the query image itself. With ``partial``, queries that θ0 was not asked about are left out.
 
@@ -163,10 +167,32 @@ def _values(query: str, measured: QueryMeasures, encode: Encoder) -> list[tuple]
     """Rows of :func:`per_query` for one query."""
     models, measures = list(measured.measures), list(measured.measures.values())
     base = measured.measures[THETA0]
+    if measured.inside is not None:
+        columns = _region_columns(measured, encode)
+        return _rows(query, models, columns)
     columns = {"delta_loss": [measure.loss - base.loss for measure in measures]}
     if base.image is not None:
         regenerated = np.stack([measure.image for measure in measures])
         columns |= image_metrics(measured.original, regenerated, encode)
+    return _rows(query, models, columns)
+
+
+def _region_columns(measured: QueryMeasures, encode: Encoder) -> dict[str, list]:
+    """Metrics of a region's query by name, a value per model."""
+    measures, base = list(measured.measures.values()), measured.measures[THETA0]
+    parts = base.regions
+    columns = {f"delta_loss_{part}": [each.regions[part] - parts[part] for each in measures] for part in parts}
+    if "outside" in parts:
+        pairs = zip(columns["delta_loss_inside"], columns["delta_loss_outside"], strict=True)
+        columns["delta_loss_contrast"] = [inside - outside for inside, outside in pairs]
+    if base.image is not None:
+        regenerated = np.stack([measure.image for measure in measures])
+        columns |= region_metrics(measured.original, regenerated, measured.inside, encode)
+    return columns
+
+
+def _rows(query: str, models: list, columns: dict) -> list[tuple]:
+    """Rows of :func:`per_query`, a column of which holds a value per model."""
     return [
         (query, *model, metric, float(column[i]))
         for i, model in enumerate(models)

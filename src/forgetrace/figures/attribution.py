@@ -18,8 +18,8 @@ HEADER, ROW = 1.55, 1.55  # inches
 
 
 @dataclass(frozen=True)
-class _Ranked:
-    """One training image in a row."""
+class Ranked:
+    """One training image in a row: its pixels (height, width, 3), uint8, score and shortened caption."""
 
     pixels: np.ndarray
     score: float
@@ -31,14 +31,14 @@ def draw(layout: Layout, name: str, query: str) -> None:
     record = read_json(layout.query(query)["record"])
     index = read_table(layout.index).set_index("image_id")
     read = TrainingImages(layout)
-    rows = {method: _top(layout, method, query, index, read) for method in layout.config.score.methods}
+    rows = {method: ranked_first(layout, method, query, index, read) for method in layout.config.score.methods}
     longest = max(len(row) for row in rows.values())
     with look():
         width = 2 * MARGIN + LABEL + longest * (TILE + GAP) - GAP
         page = Page(max(width, 6.0), 2 * MARGIN + HEADER + len(rows) * ROW - 0.1)
         _header(page, query, record["prompt"], read_image(layout.query(query)["image"]))
         for i, (method, ranked) in enumerate(rows.items()):
-            _row(page, MARGIN + HEADER + i * ROW, method, colour_of(layout, method), ranked)
+            row(page, MARGIN + HEADER + i * ROW, method, colour_of(layout, method), ranked)
         save(page.figure, layout, name)
 
 
@@ -55,18 +55,19 @@ def _header(page: Page, query: str, prompt: str, image: np.ndarray) -> None:
     page.text(left, top + 0.42, "\n".join(lines(below, width, 8)), size=9.5)
 
 
-def _row(page: Page, y: float, method: str, colour: str, ranked: list[_Ranked]) -> None:
+def row(page: Page, y: float, title: str, colour: str, ranked: list[Ranked], label: float = LABEL) -> None:
+    """Draw images side by side, y inches from the top, behind a title that has ``label`` inches."""
     page.rule(MARGIN, page.width - MARGIN, y - 0.12)
-    page.text(MARGIN, y + TILE / 2, method, size=10.5, colour=colour, weight="bold", middle=True)
+    page.text(MARGIN, y + TILE / 2, title, size=10.5, colour=colour, weight="bold", middle=True)
     for i, entry in enumerate(ranked):
-        x = MARGIN + LABEL + i * (TILE + GAP)
+        x = MARGIN + label + i * (TILE + GAP)
         page.image(x, y, TILE, entry.pixels)
         centre = x + TILE / 2
         page.text(centre, y + TILE + 0.05, _number(entry.score), size=7.5, align="center")
         page.text(centre, y + TILE + 0.19, entry.caption, size=7.0, align="center", colour=MUTED)
 
 
-def _top(layout: Layout, method: str, query: str, index: pd.DataFrame, read: TrainingImages) -> list[_Ranked]:
+def ranked_first(layout: Layout, method: str, query: str, index: pd.DataFrame, read: TrainingImages) -> list[Ranked]:
     """The images a method ranks first, in order of rank."""
     path = layout.score(method, query)
     top = read_table(path).nsmallest(layout.config.figures.top, "rank")
@@ -74,7 +75,7 @@ def _top(layout: Layout, method: str, query: str, index: pd.DataFrame, read: Tra
         raise UserError(f"{path} ranks the image {unknown[0]}, which {layout.index} lacks: delete it and run again.")
     common = _words_of_all(index["caption"])
     return [
-        _Ranked(
+        Ranked(
             read(index.at[row.image_id, "file_name"]),
             row.score,
             _short(index.at[row.image_id, "caption"], common),

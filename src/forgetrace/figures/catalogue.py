@@ -12,12 +12,15 @@ GRIDS = 3  # test models of each kind with figures of their own
 def names(layout: Layout) -> list[str]:
     """Names of all figures; those of a query end with its name."""
     config = layout.config
-    grids = [f"attribution-{query}" for query in config.queries()]
+    wholes = config.whole_queries()
+    grids = [f"attribution-{query}" for query in wholes if not config.regions_of(query)]
+    grids += [f"regions-{query}" for query in wholes if config.regions_of(query)]
     grids += [f"counterfactual-{query}" for query in config.judged_queries()]
     grids += [f"exemplars-{query}" for query in shown(layout)]
     first = [] if config.train.pretrained else ["training"]
     last = {"delta": config.leaves_out, "lds": config.retrain.subsets, "unlearning": config.evaluate.others}
     last |= {"retrieval": config.customize, "reliability": config.learn}
+    last |= {"precision": config.evaluate.precision_k}
     return [*first, *grids, *(name for name, wanted in last.items() if wanted)]
 
 

@@ -100,10 +100,12 @@ def _tile(
     values: dict[str, float],
 ) -> None:
     """One regenerated image with its ΔL and squared pixel difference."""
-    text = f"ΔL {values['delta_loss']:+.4f}".replace("-", "−")
-    if "delta_mse" in values:
+    # Of a region, what is inside counts.
+    inside = "_inside" if layout.config.region(query) else ""
+    text = f"ΔL {values[f'delta_loss{inside}']:+.4f}".replace("-", "−")
+    if f"delta_mse{inside}" in values:
         page.image(x, y, SIZE, read_image(layout.measure(*model, query)["image"]))
-        text += f"\nMSE {values['delta_mse']:.4f}"
+        text += f"\nMSE {values[f'delta_mse{inside}']:.4f}"
     else:
         page.blank(x, y, SIZE, "initial noise\nunknown")
     page.text(x + SIZE / 2, y + SIZE + 0.06, text, size=7.5, align="center")

@@ -1,4 +1,4 @@
-"""What removing top-ranked images did: three metrics against K, method by method.
+"""What removing top-ranked images did: three metrics against K, method by method; of regions, inside and outside.
 
 A few methods stand side by side above each K; many have a row each, in a panel per K.
 """
@@ -19,6 +19,7 @@ from forgetrace.figures.style import INK, MUTED, colour_of, look, marker_of, sav
 from forgetrace.layout import Layout
 
 SHOWN = ("delta_loss", "delta_mse", "similarity")
+OF_REGIONS = ("delta_loss_inside", "delta_loss_outside", "delta_mse_inside", "delta_mse_outside")
 SIDE_BY_SIDE = 6  # methods; more have a row each
 SPREAD = 0.6  # share of the space between two K over which the methods stand side by side
 
@@ -26,7 +27,11 @@ SPREAD = 0.6  # share of the space between two K over which the methods stand si
 def draw(layout: Layout, name: str) -> None:
     """Draw the figure ``delta``."""
     summary, values = read_table(layout.table("counterfactual")), read_table(layout.table("per_query"))
-    shown = [metric for metric in SHOWN if (summary["metric"] == metric).any()]
+    shown = [
+        metric
+        for metric in (OF_REGIONS if layout.config.synthesize.regions else SHOWN)
+        if (summary["metric"] == metric).any()
+    ]
     methods = [method for method in layout.config.retrain.methods if method != RANDOM]
     with look():
         if len(methods) <= SIDE_BY_SIDE:

@@ -54,6 +54,32 @@ class Page:
         square = Rectangle((left - width, top - width), size + 2 * width, size + 2 * width, facecolor=colour)
         self._axes.add_patch(square)
 
+    def outline(self, x: float, y: float, pixel: float, inside: np.ndarray, colour: str) -> None:
+        """Draw the border of a part of an image placed at (x, y).
+
+        Args:
+            x: left edge of the image in inches.
+            y: top edge of the image in inches.
+            pixel: side of a pixel of it in inches.
+            inside: the part, shape (height, width), bool.
+            colour: of the line, which runs just inside the part.
+        """
+        left, top, inset = _whole_pixels(x), _whole_pixels(y), 0.02
+        padded = np.pad(inside, 1)
+        for row, column in np.argwhere(inside):
+            x0, y0 = left + column * pixel, top + row * pixel
+            x1, y1 = x0 + pixel, y0 + pixel
+            neighbours = padded[row, column + 1], padded[row + 2, column + 1], padded[row + 1, column]
+            edges = [
+                ([x0, x1], [y0 + inset] * 2),
+                ([x0, x1], [y1 - inset] * 2),
+                ([x0 + inset] * 2, [y0, y1]),
+                ([x1 - inset] * 2, [y0, y1]),
+            ]
+            for edge, there in zip(edges, (*neighbours, padded[row + 1, column + 2]), strict=True):
+                if not there:
+                    self._axes.plot(*edge, color=colour, linewidth=2.0, solid_capstyle="projecting")
+
     def blank(self, x: float, y: float, size: float, text: str) -> None:
         """Place a grey square with a text where there is no image to show."""
         self.image(x, y, size, np.full((1, 1, 3), 222, dtype=np.uint8))

@@ -25,17 +25,26 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Query:
-    """The image to forget.
+    """The image to forget, or a region of it.
 
     Attributes:
         name: for the random numbers and messages.
         latent: ẑ, (C, H, W), float32.
         prompt: token states of ĉ, (tokens, width), float32.
+        region: weights of the latent positions its loss is the mean over, (H, W); None of a whole image.
+        whole: name of the whole image, whose draws a region shares; None of a whole image.
     """
 
     name: str
     latent: torch.Tensor
     prompt: torch.Tensor
+    region: torch.Tensor | None = None
+    whole: str | None = None
+
+    @property
+    def drawn_as(self) -> str:
+        """What its random numbers are keyed by."""
+        return self.whole or self.name
 
 
 def query_gradient(
@@ -76,11 +85,12 @@ def query_loss(
 
 
 def query_draws(scheduler: DDPMScheduler, query: Query, numbers: range, seed: int, purpose: str = "unlearn"):
-    """The query repeated for the numbered draws: latents, token states, timesteps, noise."""
+    """The query repeated for the numbered draws: latents, token states, timesteps, noise, and its region."""
     length = scheduler.config.num_train_timesteps
-    timesteps, noise = monte_carlo(seed, f"{purpose} {query.name}", numbers, length, tuple(query.latent.shape))
+    timesteps, noise = monte_carlo(seed, f"{purpose} {query.drawn_as}", numbers, length, tuple(query.latent.shape))
     count = len(numbers)
-    return query.latent.expand(count, -1, -1, -1), query.prompt.expand(count, -1, -1), timesteps, noise
+    repeated = query.latent.expand(count, -1, -1, -1), query.prompt.expand(count, -1, -1)
+    return *repeated, timesteps, noise, query.region
 
 
 def unlearn(

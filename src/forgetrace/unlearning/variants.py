@@ -12,6 +12,7 @@ from forgetrace.curvature.diagonal import DiagonalFisher
 from forgetrace.curvature.ekfac import EKFAC
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet
+from forgetrace.diffusion.regions import LATENT
 from forgetrace.diffusion.subsets import select
 from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import Layout
@@ -105,4 +106,7 @@ def load_curvature(layout: Layout, curvature: str, damping: float) -> Curvature:
 def read_query(layout: Layout, query: str) -> Query:
     """The query as the unlearning step needs it."""
     arrays = read_arrays(layout.query(query)["tensors"])
-    return Query(query, torch.from_numpy(arrays["latent"]), torch.from_numpy(arrays["prompt"]))
+    one = torch.from_numpy(arrays["latent"]), torch.from_numpy(arrays["prompt"])
+    if not layout.config.region(query):
+        return Query(query, *one)
+    return Query(query, *one, torch.from_numpy(arrays[LATENT]), layout.config.whole(query))
