@@ -752,7 +752,7 @@ class Config(Section):
         names = self.queries()
         if bool(names) == bool(self.customize):
             raise ValueError(
-                "synthesize.queries: " + ("give none ([]), customize names its own" if names else "give one at least")
+                "'synthesize.queries': " + ("give none ([]), customize names its own" if names else "give one at least")
             )
         self._check_given()
         if self.evaluate.others and not (self.unlearn and self.forgotten_queries()):

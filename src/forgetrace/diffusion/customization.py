@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from forgetrace.artifacts import UserError, provenance, read_json, write_arrays, write_image, write_json, write_tensors
 from forgetrace.config import Customize
-from forgetrace.datasets.concepts import Concept, concept, names
+from forgetrace.datasets.concepts import Concept, concept, names, query_names
 from forgetrace.diffusion.device import make_deterministic, pick_device
 from forgetrace.diffusion.loss import draw_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
@@ -31,12 +31,6 @@ from forgetrace.progress import progress
 from forgetrace.randomness import generator
 
 REPORTED = 50  # steps whose mean loss, first and last, is recorded
-
-
-def query_names(layout: Layout, model: str) -> list[str]:
-    """Names of the images a customised model generates."""
-    count = len(layout.config.customize.prompts[model.partition("-")[0]].queries())
-    return [f"{model}-{i:02d}" for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ def customize(layout: Layout, model: str, device: str = "auto") -> None:
     write_arrays(files["exemplars"], {"latents": exemplars.latents.cpu().numpy(), "states": states}, made_by)
     for i, exemplar in enumerate(learned.exemplars):
         write_image(layout.customized_image(model, f"exemplar-{i:02d}"), exemplar.image)
-    own = query_names(layout, model)
+    own = query_names(settings, model)
     noise = initial_noise(config.seed, own, manifest["latent_shape"])
     latents = generate(layout, unet, noise, prompts)
     write_arrays(files["queries"], {"latents": latents, "initial_noise": noise, "prompts": prompts}, made_by)
