@@ -463,7 +463,11 @@ def tidy(
     wanted = layout.files() | {layout.figure(name, kind) for name in names(layout) for kind in ("png", "pdf")}
     wanted |= {path for name in all_features(layout) for path in (layout.features(name), layout.features_record(name))}
     for method in layout.config.score.methods:
-        wanted |= set(attributor(layout, method).inputs(layout.config.queries()[0]))
+        wanted |= {path for query in layout.config.queries()[:1] for path in attributor(layout, method).inputs(query)}
+    if layout.config.customize:
+        from forgetrace.attribution.asked import customised_files
+
+        wanted |= customised_files(layout)
     unfinished = {Path(folder) for folder in layout.unfinished()}
     made = ("report.html", "rules.dot", "rules.svg")  # by make report and make dag
     chosen = {Path(layout.root, command) for command in ("tune", "sweep")}  # what the config's values rest on

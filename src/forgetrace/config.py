@@ -844,7 +844,7 @@ class Config(Section):
         names = self.queries()
         if bool(names) == bool(self.customize):
             raise ValueError(
-                "synthesize.queries: " + ("give none ([]), customize names its own" if names else "give one at least")
+                "'synthesize.queries': " + ("give none ([]), customize names its own" if names else "give one at least")
             )
         self._check_given()
         self._check_regions()

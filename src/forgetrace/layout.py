@@ -45,7 +45,7 @@ class Layout:
         models = {*self.shared_models(), *self.half_models(), *self.pooled_models(), *own}
         return {
             self.checkpoints(name)
-            for name in ("scan", "features", "score", *(training_name(*model) for model in models))
+            for name in ("scan", "features", "score", "retrieve", *(training_name(*model) for model in models))
         }
 
     # prepare: shared by all experiments with the same settings of it

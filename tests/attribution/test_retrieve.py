@@ -10,7 +10,7 @@ import pytest
 
 from forgetrace.artifacts import read_array, read_arrays, read_json, read_table, read_tensors, sha256_of
 from forgetrace.attribution import retrieve as module
-from forgetrace.attribution.asked import asked
+from forgetrace.attribution.asked import asked, customised_files
 from forgetrace.attribution.candidates import candidates, discard, exemplar_ids
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.retrieve import retrieve
@@ -164,3 +164,10 @@ def test_features_of_an_image_encoder_are_computed_for_exemplars_alone(layout, m
     assert scores.shape == (43,)
     base = sha256_of(layout.features(EncodedImages(layout, "efficientnet-lite0").name))
     assert base == sha256_of(layout.features(EncodedImages(layout, "efficientnet-lite0").name))
+
+
+def test_every_file_that_is_kept_is_known_to_tidy(layout):
+    retrieve(layout, style(layout), "cpu")
+    written = {path.as_posix() for stage in ("customize", "retrieve") for path in Path(layout.root, stage).rglob("*.*")}
+    assert written
+    assert written <= customised_files(layout)

@@ -7,9 +7,9 @@ import torch
 
 from forgetrace.artifacts import UserError, read_arrays, read_image, read_json, read_tensors, sha256_of
 from forgetrace.config import Customize
-from forgetrace.datasets.concepts import names
+from forgetrace.datasets.concepts import names, query_names
 from forgetrace.diffusion import customization
-from forgetrace.diffusion.customization import customize, prior_rows, query_names
+from forgetrace.diffusion.customization import customize, prior_rows
 from forgetrace.diffusion.synthesis import generate
 from forgetrace.encoding.store import load_encoded
 
@@ -50,7 +50,7 @@ def test_the_record_and_the_arrays_are_of_the_images_beside_them(layout):
     assert record["made_by"]["inputs"]["weights"] == sha256_of(layout.weights)
     exemplars, queries = read_arrays(files["exemplars"]), read_arrays(files["queries"])
     assert exemplars["latents"].shape == (3, 12, 8, 8)
-    images = [read_image(layout.customized_image(model, name)) for name in query_names(layout, model)]
+    images = [read_image(layout.customized_image(model, name)) for name in query_names(layout.config.customize, model)]
     assert len(images) == len(queries["latents"]) == 2
     assert not np.array_equal(queries["initial_noise"][0], queries["initial_noise"][1])
     unet = customization.load_unet(layout, torch.device("cpu"), changed=files["weights"])

@@ -76,7 +76,12 @@ use rule fit as fit_ekfac with:
 rule all_fit:
     input:
         [path for variant in layout.config.unlearn for path in fitted(variant)],
-        [layout.features(name) for name in FEATURES],
+        # Customised models have features of the UNet each for itself.
+        [
+            layout.features(name)
+            for name in FEATURES
+            if QUERIES or name.startswith("image-")
+        ],
 
 
 rule unlearn:
@@ -270,7 +275,7 @@ rule scan_base_shard:
 
 rule all_scan:
     input:
-        layout.base_scan,
+        [layout.base_scan] if QUERIES else [],
         [
             layout.scan(variant, query)
             for variant in layout.config.unlearn

@@ -1,7 +1,23 @@
-"""Which queries of a customised model each method ranks the candidates for."""
+"""What there is of customised models: their images, and for which of these each method ranks the candidates."""
 
 from forgetrace.datasets import concepts
 from forgetrace.layout import Layout
+
+
+def customised_files(layout: Layout) -> set[str]:
+    """Every file the stages customize, retrieve and learn write for the current config."""
+    settings = layout.config.customize
+    parts, files = concepts.names(settings, layout.config.seed), set(layout.learned.values())
+    for model in [name for own in parts.values() for name in own]:
+        queries = concepts.query_names(settings, model)
+        shown = settings.exemplars if model.startswith("style") else 1
+        images = [*queries, *(f"exemplar-{i:02d}" for i in range(shown))]
+        files |= {*layout.customized(model).values(), *(layout.customized_image(model, image) for image in images)}
+        if model in parts["test"]:
+            ranked = asked(layout, model, queries).items()
+            files |= {layout.retrieved(model, method, query) for method, own in ranked for query in own}
+            files.add(layout.ranks(model))
+    return files
 
 
 def costly_queries(layout: Layout, model: str, queries: list[str]) -> list[str]:

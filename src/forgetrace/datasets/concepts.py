@@ -103,6 +103,11 @@ def check_concepts(settings: Customize, seed: int, shape: list[int]) -> None:
         concept(name, settings, seed, shape[0])
 
 
+def query_names(settings: Customize, model: str) -> list[str]:
+    """Names of the images that the model customised on a concept generates."""
+    return [f"{model}-{i:02d}" for i in range(len(settings.prompts[model.partition("-")[0]].queries()))]
+
+
 def concept(name: str, settings: Customize, seed: int, size: int) -> Concept:
     """The concept of a name that :func:`names` gives.
 

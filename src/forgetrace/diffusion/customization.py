@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from forgetrace.artifacts import UserError, provenance, read_json, write_arrays, write_image, write_json, write_tensors
 from forgetrace.config import Customize
-from forgetrace.datasets.concepts import Concept, concept, names
+from forgetrace.datasets.concepts import Concept, concept, names, query_names
 from forgetrace.diffusion.device import make_deterministic, pick_device
 from forgetrace.diffusion.loss import draw_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
@@ -31,12 +31,6 @@ from forgetrace.progress import progress
 from forgetrace.randomness import generator
 
 REPORTED = 50  # steps whose mean loss, first and last, is recorded
-
-
-def query_names(layout: Layout, model: str) -> list[str]:
-    """Names of the images a customised model generates."""
-    count = len(layout.config.customize.prompts[model.partition("-")[0]].queries())
-    return [f"{model}-{i:02d}" for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,8 @@ def customize(layout: Layout, model: str, device: str = "auto") -> None:
     token = NewToken(text_encoder(config.encode, tokens, target), settings.rare_token, tokens)
     exemplars = _exemplars(layout, learned, target)
     queries = settings.prompts[learned.kind].queries()
-    token.states([*exemplars.prompts, *(prompt for _, prompt in queries)])  # all fit, or nothing is trained
+    with torch.no_grad():
+        token.states([*exemplars.prompts, *(prompt for _, prompt in queries)])  # all fit, or nothing is trained
     prior = prior_rows(settings, encoded, config.seed)
     losses = train(unet, scheduler, token, exemplars, encoded, prior, settings, config.seed, model)
     made_by = provenance(config.digest_of("seed", "customize"), {"weights": layout.weights})
@@ -80,17 +75,24 @@ def customize(layout: Layout, model: str, device: str = "auto") -> None:
     write_arrays(files["exemplars"], {"latents": exemplars.latents.cpu().numpy(), "states": states}, made_by)
     for i, exemplar in enumerate(learned.exemplars):
         write_image(layout.customized_image(model, f"exemplar-{i:02d}"), exemplar.image)
-    own = query_names(layout, model)
-    noise = initial_noise(config.seed, own, manifest["latent_shape"])
-    latents = generate(layout, unet, noise, prompts)
-    write_arrays(files["queries"], {"latents": latents, "initial_noise": noise, "prompts": prompts}, made_by)
-    for name, image in zip(own, codec_of(config.encode, target).decode(latents), strict=True):
-        write_image(layout.customized_image(model, name), image)
-    listed = [{"query": n, "manner": m, "prompt": p} for n, (m, p) in zip(own, queries, strict=True)]
+    _generate(layout, model, unet, prompts, made_by)
     part = next(part for part, models in names(settings, config.seed).items() if model in models)
-    record = {"model": model, "kind": learned.kind, "part": part, "exemplars": exemplars.prompts, "queries": listed}
+    named = zip(query_names(settings, model), queries, strict=True)
+    record = {"model": model, "kind": learned.kind, "part": part, "exemplars": exemplars.prompts}
+    record |= {"queries": [{"query": name, "manner": manner, "prompt": prompt} for name, (manner, prompt) in named]}
     record |= {"loss": {"first": losses[:REPORTED].mean().item(), "last": losses[-REPORTED:].mean().item()}}
     write_json(files["record"], record | {"made_by": made_by})
+
+
+def _generate(layout: Layout, model: str, unet: UNet2DConditionModel, prompts: np.ndarray, made_by: dict) -> None:
+    """Write a customised model's images of prompts, (n, tokens, width)."""
+    own = query_names(layout.config.customize, model)
+    noise = initial_noise(layout.config.seed, own, read_json(layout.encode_manifest)["latent_shape"])
+    latents = generate(layout, unet, noise, prompts)
+    arrays = {"latents": latents, "initial_noise": noise, "prompts": prompts}
+    write_arrays(layout.customized(model)["queries"], arrays, made_by)
+    for name, image in zip(own, codec_of(layout.config.encode, unet.device).decode(latents), strict=True):
+        write_image(layout.customized_image(model, name), image)
 
 
 def trained_names(unet: UNet2DConditionModel, settings: Customize) -> list[str]:

@@ -9,6 +9,8 @@ Queries of one model are not independent: they share exemplars and weights. The 
 therefore the model: its queries are averaged, and models are resampled.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -89,7 +91,7 @@ def per_query(layout: Layout, partial: bool = False) -> pd.DataFrame:
     if not found:
         raise UserError("No customised model has been ranked for yet: run the stage retrieve.")
     there = {model for table in found for model in table["model"].unique()}
-    if layout.config.learn:
+    if layout.config.learn and (not partial or Path(layout.learned["ranks"]).exists()):
         learned = read_table(layout.learned["ranks"])
         found.append(learned[learned["model"].isin(there)])
     rows = []

@@ -6,6 +6,7 @@
 """
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -74,7 +75,7 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
         tables["comparisons"] = compared
     if layout.config.customize:
         tables |= retrieval.tables(layout, partial)
-    if layout.config.learn:
+    if layout.config.learn and (not partial or Path(layout.learned["probabilities"]).exists()):
         tables |= reliability.tables(layout)
     for name, table in tables.items():
         write_table(layout.table(name), table)

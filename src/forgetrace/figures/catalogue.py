@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from forgetrace.artifacts import UserError
-from forgetrace.datasets.concepts import names as names_of
+from forgetrace.datasets import concepts
 from forgetrace.layout import Layout
 
 GRIDS = 3  # test models of each kind with figures of their own
@@ -27,11 +27,11 @@ def names(layout: Layout) -> list[str]:
 def shown(layout: Layout) -> list[str]:
     """Images of customised models whose candidates are shown: the first and the last of a few test models."""
     config, chosen = layout.config, []
-    models = names_of(config.customize, config.seed)["test"] if config.customize else []
+    models = concepts.names(config.customize, config.seed)["test"] if config.customize else []
     for kind in ("object", "style"):
         for model in [name for name in models if name.startswith(kind)][:GRIDS]:
-            last = len(config.customize.prompts[kind].queries()) - 1
-            chosen += dict.fromkeys(f"{model}-{i:02d}" for i in (0, last))
+            queries = concepts.query_names(config.customize, model)
+            chosen += dict.fromkeys([queries[0], queries[-1]])
     return chosen
 
 
