@@ -35,7 +35,7 @@ def test_pixels_outside_do_not_count(regions):
     before = {method: scores(regions, method, "report-00-part") for method in ("pixel", "pixel-l2")}
     files = [f"{regions.data}/{name}" for name in read_table(regions.index)["file_name"]]
     for path in (*files, regions.query("report-00-part")["image"]):
-        image = read_image(path)
+        image = read_image(path).copy()
         image[9:], image[:, 5:], image[:2] = 7, 99, 200
         write_image(path, image)
     for method, expected in before.items():
@@ -63,7 +63,8 @@ def test_the_tensors_of_a_region_are_an_input_of_what_reads_them(regions):
 
 def test_image_features_see_the_crop(regions, monkeypatch):
     seen = []
-    monkeypatch.setattr(EncodedImages, "_encode", lambda images: seen.append(images) or np.zeros((len(images), 2)))
+    encode = lambda images: seen.append(images) or np.zeros((len(images), 2))  # noqa: E731
+    monkeypatch.setattr(EncodedImages, "_encode", staticmethod(encode))
     EncodedImages(regions, "efficientnet-lite0", "cpu").of_queries(["report-00", "report-00-part"])
     whole = read_image(regions.query("report-00")["image"])
     assert [images.shape for images in seen] == [(1, 16, 16, 3), (1, 7, 5, 3)]

@@ -5,8 +5,8 @@ import pytest
 
 from forgetrace.artifacts import UserError, read_arrays, read_image, read_json, write_image
 from forgetrace.diffusion.regions import (
-    boxes_of_file,
     bounding_box,
+    boxes_of_file,
     latent_weights,
     pixels_of_boxes,
     pixels_of_mask,
@@ -36,7 +36,8 @@ def test_a_region_shares_all_but_its_mask_with_the_whole_image(tiny):
     images = [read_image(layout.query(query)["image"]) for query in ("report-00", "report-00-corner")]
     assert np.array_equal(*images)
     records = [read_json(layout.query(query)["record"]) for query in ("report-00", "report-00-corner")]
-    assert records[0]["prompt"] == records[1]["prompt"] and records[1]["box"] == [0, 0, 3, 4]
+    assert records[0]["prompt"] == records[1]["prompt"]
+    assert records[1]["box"] == [0, 0, 3, 4]
 
 
 def test_regions_follow_their_query_and_belong_to_its_origin():
@@ -44,9 +45,12 @@ def test_regions_follow_their_query_and_belong_to_its_origin():
     assert config.queries() == [
         "report-00", "report-00-left", "report-01", "report-01-left", "mine", "mine-left", "mine-dot",
     ]  # fmt: skip
-    assert config.origin("report-00-left") == "report" and config.generates("report-00-left")
-    assert config.origin("mine-dot") == "own" and not config.generates("mine-dot")
-    assert config.region("mine-dot") == ("mine", "dot") and config.region("mine") is None
+    assert config.origin("report-00-left") == "report"
+    assert config.generates("report-00-left")
+    assert config.origin("mine-dot") == "own"
+    assert not config.generates("mine-dot")
+    assert config.region("mine-dot") == ("mine", "dot")
+    assert config.region("mine") is None
 
 
 def test_a_config_without_regions_is_what_it_was():
@@ -73,7 +77,10 @@ def test_an_empty_region_has_no_weights():
 
 def test_boxes_unite_and_are_bounded():
     inside = pixels_of_boxes([[1, 2, 3, 4], [5, 0, 6, 1]], (6, 8), "here")
-    assert inside.sum() == 5 and inside[2, 1] and inside[0, 5] and not inside[4, 1]
+    assert inside.sum() == 5
+    assert inside[2, 1]
+    assert inside[0, 5]
+    assert not inside[4, 1]
     assert bounding_box(inside) == [1, 0, 6, 4]
 
 
@@ -90,7 +97,7 @@ def test_an_empty_box_of_the_config_is_refused_before_anything_runs(box):
 
 
 @pytest.mark.parametrize(
-    "regions, message",
+    ("regions", "message"),
     [
         ({"left": {}}, "give one of boxes, mask, file and phrase"),
         ({"left": {"boxes": [[0, 0, 1, 1]], "mask": "m.png"}}, "give one of boxes"),
@@ -129,7 +136,7 @@ def test_boxes_come_from_a_file(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ('{"report-07": [0, 0, 2, 2]}', "there is no query 'report-07' .there are report-00, report-01"),
         ('{"report-00": [0, 0, 2]}', "is no box; give four whole numbers"),

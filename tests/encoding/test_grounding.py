@@ -30,8 +30,8 @@ def folder(tmp_path_factory):
     swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
                       out_features=["stage2", "stage3", "stage4"])  # fmt: skip
     config = GroundingDinoConfig(
-        backbone_config=swin, text_config=BertConfig(vocab_size=len(WORDS), **sizes), d_model=16, num_queries=5,
-        encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+        backbone_config=swin, text_config=BertConfig(vocab_size=len(WORDS), **sizes), d_model=32, num_queries=5,
+        encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
         decoder_ffn_dim=16, encoder_n_points=2, decoder_n_points=2, num_feature_levels=3, max_text_len=16,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -45,7 +45,8 @@ def test_boxes_of_a_phrase_lie_in_the_image(folder):
     image = np.random.default_rng(0).integers(0, 256, size=(48, 64, 3), dtype=np.uint8)
     boxes = detect(image, "A dog", str(folder), 1e-6, CPU)
     assert boxes == detect(image, "a dog.", str(folder), 1e-6, CPU)
-    assert boxes and all(0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 48 for x0, y0, x1, y1 in boxes)
+    assert boxes
+    assert all(0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 48 for x0, y0, x1, y1 in boxes)
     assert detect(image, "a dog", str(folder), 0.999999, CPU) == []
 
 
@@ -53,7 +54,7 @@ def test_missing_weights_are_one_clear_sentence(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(UserError, match="The detector .* lacks weights"):
+    with pytest.raises(UserError, match=r"The detector .* lacks weights"):
         detect(image, "a dog", str(tmp_path), 0.3, CPU)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match="cannot be loaded as a GroundingDINO"):

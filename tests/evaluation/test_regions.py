@@ -81,4 +81,5 @@ def test_the_rows_of_a_region_are_inside_and_outside():
     assert own["delta_loss_inside"] == pytest.approx(0.4)
     assert own["delta_loss_outside"] == pytest.approx(0.1)
     assert own["delta_loss_contrast"] == pytest.approx(0.3)
-    assert "delta_loss" not in own and "delta_mse" not in own
+    assert "delta_loss" not in own
+    assert "delta_mse" not in own
