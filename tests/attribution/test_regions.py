@@ -10,21 +10,7 @@ from forgetrace.attribution.image_features import EncodedImages
 from forgetrace.attribution.output_gradients import OutputGradients
 from forgetrace.attribution.registry import attributor
 from forgetrace.datasets.images import TrainingImages
-from forgetrace.diffusion.synthesis import synthesize
 from forgetrace.layout import Layout
-
-from ..conftest import SETTINGS, settings
-
-METHODS = {**SETTINGS["score"]["methods"], "trak": {"timesteps": 2, "noises": 2, "dimension": 32}, "efficientnet": {}}
-
-
-@pytest.fixture
-def regions(tiny) -> Layout:
-    found = {"part": {"boxes": [[0, 2, 5, 9]]}, "all": {"boxes": [[0, 0, 16, 16]]}}
-    layout = Layout("tiny", settings(synthesize={"regions": found}, score={"methods": METHODS}))
-    for name in found:
-        synthesize(layout, f"report-00-{name}", "cpu")
-    return layout
 
 
 def scores(layout: Layout, method: str, query: str) -> np.ndarray:

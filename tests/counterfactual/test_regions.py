@@ -5,22 +5,10 @@ import torch
 from forgetrace.artifacts import read_arrays, read_json
 from forgetrace.counterfactual.measure import brief_measure, measure, query_losses, region_losses
 from forgetrace.diffusion.model import load_unet
-from forgetrace.diffusion.synthesis import synthesize
 from forgetrace.evaluation.measures import read_measure
-from forgetrace.layout import BASE, Layout
-
-from ..conftest import settings
+from forgetrace.layout import BASE
 
 THETA0 = (BASE, 0, BASE)
-
-
-@pytest.fixture
-def regions(tiny) -> Layout:
-    found = {"part": {"boxes": [[0, 2, 5, 9]]}, "all": {"boxes": [[0, 0, 16, 16]]}}
-    layout = Layout("tiny", settings(synthesize={"regions": found}))
-    for name in found:
-        synthesize(layout, f"report-00-{name}", "cpu")
-    return layout
 
 
 def test_inside_and_outside_weighed_by_area_are_the_whole(regions):

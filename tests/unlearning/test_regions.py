@@ -8,9 +8,7 @@ import torch
 from forgetrace.diffusion.loss import predicted
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.noise import monte_carlo
-from forgetrace.diffusion.synthesis import synthesize
 from forgetrace.encoding.store import load_encoded
-from forgetrace.layout import Layout
 from forgetrace.unlearning.mucs import untrained_loss
 from forgetrace.unlearning.step import query_gradient, query_loss
 from forgetrace.unlearning.variants import carry_out, load_curvature, read_query
@@ -18,15 +16,6 @@ from forgetrace.unlearning.variants import carry_out, load_curvature, read_query
 from ..conftest import settings
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def regions(tiny) -> Layout:
-    found = {"part": {"boxes": [[0, 2, 5, 9]]}, "all": {"boxes": [[0, 0, 16, 16]]}}
-    layout = Layout("tiny", settings(synthesize={"regions": found}))
-    for name in found:
-        synthesize(layout, f"report-00-{name}", "cpu")
-    return layout
 
 
 def test_the_gradient_is_that_of_the_masked_loss(regions):
