@@ -143,6 +143,20 @@ def tiny(built, tmp_path, monkeypatch) -> Layout:
     return Layout("tiny", settings())
 
 
+@pytest.fixture
+def regions(tiny) -> Layout:
+    """The tiny experiment with two regions of report-00, of 5x7 pixels and of all."""
+    from forgetrace.diffusion.synthesis import synthesize
+
+    found = {"part": {"boxes": [[0, 2, 5, 9]]}, "all": {"boxes": [[0, 0, 16, 16]]}}
+    methods = SETTINGS["score"]["methods"]
+    methods = {**methods, "trak": {"timesteps": 2, "noises": 2, "dimension": 32}, "efficientnet": {}}
+    layout = Layout("tiny", settings(synthesize={"regions": found}, score={"methods": methods}))
+    for name in found:
+        synthesize(layout, f"report-00-{name}", "cpu")
+    return layout
+
+
 @pytest.fixture(autouse=True)
 def own_processor_state() -> None:
     """One thread, because tests run beside other work; denormal numbers, which a training switches off."""

@@ -330,7 +330,11 @@ def evaluate(
 def figures(
     config: ConfigPath,
     name: Annotated[
-        str, typer.Option(help="training, delta, lds, unlearning, attribution-<query> or counterfactual-<query>.")
+        str,
+        typer.Option(
+            help="training, delta, lds, unlearning, precision, attribution-<query>, regions-<query> or "
+            "counterfactual-<query>."
+        ),
     ],
 ) -> None:
     """Draw one figure as PNG and PDF."""

@@ -67,9 +67,9 @@ class Prepare(Section):
 
     dataset: Literal["digits", "digit-pairs", "folder", "coco"] = Field(
         "digits",
-        description="Dataset source: the bundled digits, one or two to a picture, a Hugging Face ImageFolder of your own, or COCO 2017. Images "
-        "of the last two stay where they are; what is made goes to data/<dataset>, of changed settings to a folder "
-        "that names them.",
+        description="Dataset source: the bundled digits, one or two to a picture, a Hugging Face ImageFolder of your "
+        "own, or COCO 2017. Images of the last two stay where they are; what is made goes to data/<dataset>, of "
+        "changed settings to a folder that names them.",
     )
     path: str | None = Field(
         None,

@@ -84,7 +84,7 @@ class Trak(Together):
     def averaged(
         self, source: "OutputGradients", latent: np.ndarray, arrays: dict[str, np.ndarray], timesteps: np.ndarray
     ) -> np.ndarray:
-        """φ of one latent (C, H, W), with the query's prompt and region, over ``noises`` draws of each timestep (T,)."""
+        """φ of one latent (C, H, W), with the query's prompt and region, over ``noises`` draws of timesteps (T,)."""
         import torch
 
         from forgetrace.diffusion.regions import LATENT

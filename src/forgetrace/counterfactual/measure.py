@@ -20,8 +20,9 @@ from forgetrace.layout import Layout
 def measure(layout: Layout, unet: UNet2DConditionModel, model: tuple[str, int, str], query: str, key: str) -> None:
     """Write a model's losses on a query and the regenerated image.
 
-    Of a region, the losses inside and outside of it are measured too. A user's image has no initial noise to be regenerated from: its losses are all there is. The losses are
+    A user's image has no initial noise to be regenerated from: its losses are all there is. The losses are
     written last and hold the image's hash, so that a kill between the two cannot pair them with another image.
+    Of a region, the losses inside and outside of it are measured too.
 
     Args:
         layout: the experiment.

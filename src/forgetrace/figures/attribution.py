@@ -45,13 +45,17 @@ def draw(layout: Layout, name: str, query: str) -> None:
 def _header(page: Page, query: str, prompt: str, image: np.ndarray) -> None:
     size = 1.5 * TILE
     page.image(MARGIN, MARGIN, size, image)
-    left, top = MARGIN + size + 0.25, MARGIN + 0.05
-    width = page.width - MARGIN - left
+    below = "Below: the training images that each method ranks first, from the left, with their scores."
+    title(page, MARGIN + size + 0.25, prompt, f"the generated image {query}", below)
+
+
+def title(page: Page, left: float, prompt: str, subtitle: str, below: str) -> None:
+    """Write a query's prompt, what the image is and what stands below it, ``left`` inches from the edge."""
+    top, width = MARGIN + 0.05, page.width - MARGIN - left
     for line in lines(f"“{prompt}”", width, 13, most=2):
         page.text(left, top, line, size=13, weight="bold")
         top += 0.25
-    page.text(left, top + 0.08, f"the generated image {query}", size=9.5, colour=MUTED)
-    below = "Below: the training images that each method ranks first, from the left, with their scores."
+    page.text(left, top + 0.08, subtitle, size=9.5, colour=MUTED)
     page.text(left, top + 0.42, "\n".join(lines(below, width, 8)), size=9.5)
 
 

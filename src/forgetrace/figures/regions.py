@@ -5,8 +5,8 @@ import numpy as np
 from forgetrace.artifacts import read_image, read_json, read_table
 from forgetrace.datasets.images import TrainingImages
 from forgetrace.diffusion.regions import region_of
-from forgetrace.figures.attribution import GAP, MARGIN, ROW, ranked_first, row
-from forgetrace.figures.page import TILE, Page, lines
+from forgetrace.figures.attribution import GAP, MARGIN, ROW, ranked_first, row, title
+from forgetrace.figures.page import TILE, Page
 from forgetrace.figures.style import MUTED, colour_of, look, save
 from forgetrace.layout import Layout
 
@@ -46,11 +46,6 @@ def _header(
     pixel = size / image.shape[0]
     for region, inside in masks.items():
         page.outline(MARGIN, MARGIN, pixel, inside, colours[region])
-    left, top = MARGIN + pixel * image.shape[1] + 0.25, MARGIN + 0.05
-    width = page.width - MARGIN - left
-    for line in lines(f"“{prompt}”", width, 13, most=2):
-        page.text(left, top, line, size=13, weight="bold")
-        top += 0.25
-    page.text(left, top + 0.08, f"the generated image {query} and its regions", size=9.5, colour=MUTED)
     below = "Below: the training images ranked first for each region and for the whole image, with their scores."
-    page.text(left, top + 0.38, "\n".join(lines(below, width, 8)), size=9.5)
+    left = MARGIN + pixel * image.shape[1] + 0.25
+    title(page, left, prompt, f"the generated image {query} and its regions", below)

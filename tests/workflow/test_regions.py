@@ -1,0 +1,76 @@
+"""The experiment of two digits in small: its regions through every stage of the workflow."""
+
+import pytest
+import yaml
+
+from forgetrace.artifacts import read_json, read_table
+
+from .conftest import Checkout, layout_of
+
+CONFIG = "config/pairs.yaml"
+SETTINGS = {
+    "prepare": {"dataset": "digit-pairs"},
+    "encode": {"max_images": 120},
+    "train": {
+        "channels": [16, 32], "steps": 20, "warmup_steps": 2, "batch_size": 8, "snapshots": 1, "checkpoint_every": 20,
+    },
+    "synthesize": {
+        "queries": [{"pool": "report", "count": 2}],
+        "sampler_steps": 3,
+        "regions": {"left": {"boxes": [[0, 0, 16, 16]]}, "right": {"file": "boxes.yaml"}},
+    },
+    "fit": {"draws": 64},
+    "unlearn": {"unlearn": {"step_size": 1e-4, "draws": 16}},
+    "scan": {"timesteps": 2},
+    "score": {
+        "methods": {
+            "unlearn": {"attributor": "unlearning"},
+            "influence": {"timesteps": 1, "draws": 8},
+            "pixel-l2": {},
+            "random": {},
+        }
+    },
+    "retrain": {"methods": ["unlearn"], "k": [10], "random_draws": 1, "seeds": 0, "queries": 2},
+    "evaluate": {"timestep_stride": 100, "draws": 1, "bootstrap": 100, "precision_k": [5, 20]},
+    "figures": {"top": 4},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Checkout:
+    """A checkout in which the experiment has run."""
+    checkout = Checkout.create(tmp_path_factory.mktemp("pairs") / "a clone")
+    (checkout.folder / CONFIG).write_text(yaml.safe_dump(SETTINGS))
+    boxes = {query: {"right": [16, 0, 32, 16]} for query in ("report-00", "report-01")}
+    (checkout.folder / "boxes.yaml").write_text(yaml.safe_dump(boxes))
+    checkout("snakemake", "--cores", "2", "--configfile", CONFIG)
+    return checkout
+
+
+def test_every_side_of_a_query_is_ranked_judged_and_drawn(pairs, monkeypatch):
+    monkeypatch.chdir(pairs.folder)
+    layout = layout_of(pairs, "pairs")
+    table = read_table(layout.table("regions"))
+    assert len(table) == 2 * 2 * 4 * 2 * 3  # queries, sides, methods, K, what is shared
+    assert table["own"].between(0, 1).all()
+    summary = read_table(layout.table("regions_summary"))
+    assert (summary["n_regions"] == 4).all()
+    values = read_table(layout.table("per_query"))
+    assert {"delta_loss", "delta_mse"} <= set(values.loc[values["query"] == "report-00", "metric"])
+    assert "delta_loss_inside" in set(values.loc[values["query"] == "report-00-left", "metric"])
+    record = read_json(layout.query("report-01-right")["record"])
+    assert record["box"] == [16, 0, 32, 16]
+    assert all((pairs.folder / layout.figure(f"regions-report-0{i}")).exists() for i in range(2))
+    assert (pairs.folder / layout.figure("precision")).exists()
+
+
+def test_another_box_runs_that_region_again_and_nothing_of_the_others(pairs):
+    planned = pairs.planned("--configfile", CONFIG)
+    assert not planned
+    path = pairs.folder / "boxes.yaml"
+    path.write_text(path.read_text().replace("- 0\n", "- 1\n", 1))
+    planned = pairs.planned("--configfile", CONFIG)
+    assert "train" not in planned
+    assert "synthesize" not in planned
+    assert planned["synthesize_region"] == 2  # one file holds the boxes of both
+    assert planned["unlearn"] == planned["scan"] == 2
