@@ -215,7 +215,8 @@ def test_what_the_model_makes_out_on_the_way_by_hand(tiny, prediction, monkeypat
 def test_a_journey_asks_at_the_step_nearest_to_the_timestep(trak, monkeypatch):
     asked = []
 
-    def spy(self, latents, captions, timesteps, noise):
+    def spy(self, latents, captions, timesteps, noise, region):
+        assert region is None
         asked.append((latents.numpy(), timesteps.tolist(), noise))
         return np.ones((1, 24), np.float32)
 

@@ -76,7 +76,7 @@ def test_half_precision_predictions_are_compared_in_fp32():
 def test_batched_losses_do_not_depend_on_the_batch(size):
     latents, captions, noise = batch(7)
     timesteps = np.array([0, 9, 1, 4, 4, 2, 8])
-    losses = batched_losses(Stub(), schedule("epsilon"), latents, captions, timesteps, noise.numpy(), size)
+    losses = batched_losses(Stub(), schedule("epsilon"), latents, captions, timesteps, noise.numpy(), batch=size)
     single = example_losses(Stub(), schedule("epsilon"), latents, captions, torch.from_numpy(timesteps), noise)
     assert losses.dtype == np.float64
     np.testing.assert_allclose(losses, single.detach().numpy(), rtol=1e-6)
