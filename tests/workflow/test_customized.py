@@ -100,9 +100,9 @@ def test_one_more_model_to_learn_from_leaves_the_others_as_they_are(miniature):
     assert not {"train", "retrieve", "fit"} & set(planned)
 
 
-def test_an_experiment_without_customised_models_has_none_of_it(miniature):
-    planned = miniature.planned("--configfile", "config/smoke.yaml")
-    assert "retrain" in planned
+def test_an_experiment_without_customised_models_has_none_of_it(checkout):
+    planned = checkout.planned("--configfile", "config/smoke.yaml")
+    assert "synthesize" in planned
     assert not {"customize", "retrieve", "learn"} & set(planned)
 
 

@@ -1,28 +1,6 @@
 # customize, retrieve, learn: models with a known origin of what they make, and who finds it.
 
 
-CONCEPTS = (
-    concepts.names(layout.config.customize, layout.config.seed)
-    if layout.config.customize
-    else {"test": [], "validation": [], "train": []}
-)
-MODELS = [model for part in CONCEPTS.values() for model in part]
-
-
-def ranking_inputs():
-    """What the methods need of the base set once: its curvatures and features, which all customised models share."""
-    methods = layout.config.score.methods.values()
-    fits = [variant.curvature for variant in layout.config.unlearn.values()]
-    # What an influence function weighs by, diagonal unless it says so.
-    fits += [
-        method.curvature or "diagonal"
-        for name, method in layout.config.score.methods.items()
-        if (method.attributor or name) == "influence"
-    ]
-    images = [layout.features(name) for name in FEATURES if name.startswith("image-")]
-    return sorted({path for fit in fits for path in layout.fitted(fit)}) + images
-
-
 rule customize:
     input:
         MODEL,
