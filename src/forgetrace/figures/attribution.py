@@ -65,7 +65,8 @@ def row(page: Page, y: float, title: str, colour: str, ranked: list[Ranked], lab
     page.text(MARGIN, y + TILE / 2, title, size=10.5, colour=colour, weight="bold", middle=True)
     for i, entry in enumerate(ranked):
         x = MARGIN + label + i * (TILE + GAP)
-        page.image(x, y, TILE, entry.pixels)
+        height, width = entry.pixels.shape[:2]
+        page.image(x, y + TILE * (1 - height / max(height, width)), TILE, entry.pixels)  # its lower edge on its score
         centre = x + TILE / 2
         page.text(centre, y + TILE + 0.05, _number(entry.score), size=7.5, align="center")
         page.text(centre, y + TILE + 0.19, entry.caption, size=7.0, align="center", colour=MUTED)

@@ -57,7 +57,8 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
 
     def measuring(models: int, all_queries: int = 0) -> dict[str, int]:
         """Each judged query by so many models, and every query by so many."""
-        pairs = models * len(judged) + all_queries * len(queries)
+        # A region is asked about as a whole, inside and outside.
+        pairs = models * sum(3 if config.region(query) else 1 for query in judged) + all_queries * len(queries)
         drawn = models * len(set(judged).intersection(generated)) + all_queries * len(generated)
         return {LOSS: pairs * asked, SAMPLER: drawn * sampled}
 
@@ -80,7 +81,11 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
         "prepare": Work(1, {START: 1, PREPARED: 1} | ({IMAGE: images} if config.prepare.path else {})),
         "encode": Work(1, {TORCH: 1, IMAGE: images * (1 + config.encode.flips), CAPTION: captions}),
         "train": Work(1, {TORCH: 1} | ({} if recipe.pretrained else {STEP: recipe.steps}), recipe.threads),
-        "synthesize": Work(len(queries), asking | {CAPTION: len(queries), SAMPLER: len(generated) * sampled}),
+        "synthesize": Work(
+            len(queries),
+            asking
+            | {CAPTION: len(queries), SAMPLER: sampled * len(set(generated).intersection(config.whole_queries()))},
+        ),
         "fit": Work(len(fits), {TORCH: len(fits)} | {unit: config.fit.draws * n for unit, n in fits.values()}),
         "unlearn": Work(
             unlearned + looks, {TORCH: unlearned + looks, GRADIENT: gradients, LOSS: checks, SAMPLER: again}
