@@ -352,6 +352,10 @@ def plan(
 ) -> None:
     """Estimate the hours, memory and disk of every stage, from about twenty seconds of timing on this machine."""
     layout = _experiment(config)
+    if layout.config.customize:
+        raise UserError(
+            f"plan cannot estimate the customised models of {config}: see docs/customized.md for their times."
+        )
     from forgetrace.planning.estimate import plan
 
     typer.echo(plan(layout, cores, device))
