@@ -38,7 +38,9 @@ METRICS = {
     "delta_mse": Metric("ΔG: squared pixel difference", +1),
     "similarity": Metric("Similarity of image features", -1),
     "ssim": Metric("Structural similarity (SSIM)", -1),
-    # Of queries that are a region of an image; the contrast is inside minus outside.
+}
+# Of queries that are a region of an image; the contrast is inside minus outside.
+REGION_METRICS = {
     "delta_loss_inside": Metric("ΔL inside the region", +1),
     "delta_loss_outside": Metric("ΔL outside the region", +1),
     "delta_loss_contrast": Metric("ΔL inside − outside", +1),

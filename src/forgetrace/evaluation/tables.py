@@ -19,7 +19,7 @@ from forgetrace.evaluation.agreement import agreement
 from forgetrace.evaluation.comparisons import COMPARISONS, Pair, family
 from forgetrace.evaluation.cost import cost
 from forgetrace.evaluation.measures import THETA0, QueryMeasures, asked_queries, read_query
-from forgetrace.evaluation.metrics import METRICS, Encoder, image_metrics, region_metrics
+from forgetrace.evaluation.metrics import METRICS, REGION_METRICS, Encoder, image_metrics, region_metrics
 from forgetrace.evaluation.pooled import pooled
 from forgetrace.evaluation.statistics import (
     bootstrap_means,
@@ -209,7 +209,7 @@ def _families(values: pd.DataFrame):
     """
     values = values[values["method"] != BASE]
     for k in sorted(values["k"].unique(), key=lambda k: (k == 0, k)):
-        for metric in METRICS:
+        for metric in METRICS | REGION_METRICS:
             of_family = values[(values["k"] == k) & (values["metric"] == metric)]
             methods = sorted(of_family["method"].unique(), key=lambda method: method == RANDOM)
             samples = {method: _matrix(of_family[of_family["method"] == method]) for method in methods}

@@ -13,13 +13,14 @@ from matplotlib.patches import Patch
 
 from forgetrace.artifacts import read_table
 from forgetrace.config import RANDOM, SEED_SET
-from forgetrace.evaluation.metrics import METRICS
+from forgetrace.evaluation.metrics import METRICS, REGION_METRICS
 from forgetrace.figures import rows
 from forgetrace.figures.style import INK, MUTED, colour_of, look, marker_of, save
 from forgetrace.layout import Layout
 
 SHOWN = ("delta_loss", "delta_mse", "similarity")
 OF_REGIONS = ("delta_loss_inside", "delta_loss_outside", "delta_mse_inside", "delta_mse_outside")
+LABELLED = METRICS | REGION_METRICS
 SIDE_BY_SIDE = 6  # methods; more have a row each
 SPREAD = 0.6  # share of the space between two K over which the methods stand side by side
 
@@ -72,8 +73,8 @@ def _in_rows(
             for row in own[own["method"].isin(methods)].itertuples():
                 rows.note(axes, methods.index(row.method), f"{row.p_vs_random_holm:.2g}")
             rows.label(axes, layout, methods, named=axes is of_k[0])
-            axes.set_title(f"{METRICS[metric].label}, K = {k}")
-            axes.set_xlabel("more forgotten →" if METRICS[metric].forgotten > 0 else "← more forgotten", color=MUTED)
+            axes.set_title(f"{LABELLED[metric].label}, K = {k}")
+            axes.set_xlabel("more forgotten →" if LABELLED[metric].forgotten > 0 else "← more forgotten", color=MUTED)
     handles = _legend(layout, summary)[-len(_bands(summary)) - 2 :]
     handles[-1].set_label("95% interval (right: p against random, Holm)")
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
@@ -100,9 +101,9 @@ def _panel(axes: Axes, layout: Layout, metric: str, summary: pd.DataFrame, value
         _method(axes, layout, method, offset, ks, summary, values)
     axes.margins(y=0.08)
     _p_values(axes, layout, methods, ks, summary)
-    axes.set_title(METRICS[metric].label)
+    axes.set_title(LABELLED[metric].label)
     # Turned by 90°, the arrow points where the query is forgotten.
-    axes.set_ylabel("more forgotten →" if METRICS[metric].forgotten > 0 else "← more forgotten", color=MUTED)
+    axes.set_ylabel("more forgotten →" if LABELLED[metric].forgotten > 0 else "← more forgotten", color=MUTED)
     axes.set_xlabel("training images left out")
     axes.set_xticks(range(len(ks)), [f"K = {k}" for k in ks])
     axes.set_xlim(-0.5, len(ks) - 0.5)
