@@ -58,7 +58,7 @@ def miniature(tmp_path_factory) -> Checkout:
     """A checkout in which the experiment has run."""
     checkout = Checkout.create(tmp_path_factory.mktemp("customized") / "a clone")
     (checkout.folder / CONFIG).write_text(yaml.safe_dump(SETTINGS))
-    checkout("snakemake", "--cores", "1", "--configfile", CONFIG)
+    checkout("snakemake", "--cores", "2", "--configfile", CONFIG)
     return checkout
 
 
