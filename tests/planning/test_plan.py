@@ -28,7 +28,7 @@ BY_HAND = {
         "fit": (1, 0, 4000),
         "unlearn": (2 * 4, 0, 8 * (2048 + 2 * (1000 + 4 * 256))),
         "scan": (1 + 2 * 4, 0, 9 * 4730 * 20),
-        "score": (4 * 4 + 2, 0, 0),  # pixels are compared in one job
+        "score": (6 * 4, 0, 0),
         "retrain": (2 + 1 + 2 * 4, 11, 11 * 3000 * 32 + 8 * (200 * 2 + 50)),
         "measure": (4, 0, 4 * (1 + 2 + 1) * (200 * 2 + 50)),
         "evaluate": (1, 0, 0),
@@ -48,7 +48,7 @@ BY_HAND = {
             2 * (64 + 64 + 2 * 16 + 2 * 2 * 16 + 1000) + 8 * 2 * (1000 + 4 * 256) + 4 * (2 + 2 + 2 * 3) * 5,
         ),
         "scan": (1 + 4 * 2, 0, 9 * 300 * 4),
-        "score": (6 * 2 + 5, 0, 0),  # five methods score all queries in one job
+        "score": (8 * 2 + 3, 0, 0),  # three methods score all queries in one job
         # Besides those of the queries: 2 halves twice, a pool of each method; asked about both queries.
         "retrain": (2 + 1 + 2 * 2 + 4 + 11, 22, 22 * 60 * 16 + (4 + 15 * 2) * (20 + 5)),
         "measure": (2, 0, 2 * (1 + 2 + 1) * (20 + 5)),
@@ -67,9 +67,10 @@ def test_work_is_what_a_hand_counts(name):
         assert (one.jobs, one.jobs * (work.STEP in one.units), one.evaluations(batch)) == BY_HAND[name][stage], stage
 
 
-def test_reading_all_images_counts_once_for_each_method_that_compares_them():
+def test_reading_all_images_counts_for_each_query_and_method_that_compares_them():
+    queries = len(settings().queries())
     methods = {"pixel": {}, "pixel-l2": {}, "text": {}, "random": {}}
-    assert counted(score={"methods": methods}, retrain={"methods": []})["score"].units[work.IMAGE] == 2 * 40
+    assert counted(score={"methods": methods}, retrain={"methods": []})["score"].units[work.IMAGE] == 2 * 40 * queries
     assert work.IMAGE not in counted(score={"methods": {"text": {}}}, retrain={"methods": []})["score"].units
 
 

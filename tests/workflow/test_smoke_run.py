@@ -81,7 +81,7 @@ def test_a_query_adds_only_its_own_jobs(smoke):
     with edited(smoke, "config/digits.yaml", "count: 2", "count: 3"):
         planned = smoke.planned()
         config = layout_of(smoke).config
-    variants, judged, together = len(config.unlearn), len(config.retrain.methods), 5
+    variants, judged, together = len(config.unlearn), len(config.retrain.methods), 3
     assert planned == {
         "synthesize": 1,
         "unlearn": variants,

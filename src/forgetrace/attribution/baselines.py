@@ -9,7 +9,7 @@ import functools
 import numpy as np
 
 from forgetrace.artifacts import read_array, read_arrays, read_image, read_table
-from forgetrace.attribution.contract import Attributor, Together
+from forgetrace.attribution.contract import Attributor
 from forgetrace.datasets.images import TrainingImages
 from forgetrace.diffusion.regions import region_of
 from forgetrace.randomness import generator
@@ -18,8 +18,8 @@ AT_ONCE = 2**26  # float64 numbers in memory, half a gigabyte: all digits
 CAPTIONS = 2**8  # captions in memory
 
 
-class Pixel(Together):
-    """Cosine similarity of pixels in [-1, 1]; the training images are read once for all queries."""
+class Pixel(Attributor):
+    """Cosine similarity of pixels in [-1, 1]; the training images are read once for all queries of a job."""
 
     summary = "cosine similarity of the pixels"
     opens_images = True
@@ -32,6 +32,10 @@ class Pixel(Together):
     def shaped_by(self) -> dict:
         """Whether queries are compared mirrored too."""
         return {"flips": True} if self.layout.config.encode.flips else {}
+
+    def scores(self, query: str) -> np.ndarray:
+        """:meth:`scores_of` a single query."""
+        return self.scores_of([query])[query]
 
     def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
         """Similarity of every training image to each query; where D is flipped, to the nearer of its orientations.

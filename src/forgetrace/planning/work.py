@@ -76,7 +76,7 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
     looks = len(variants) if others else 0
     passes, figures = len(together(layout)), len(catalogue.names(layout))  # a job of each such method; see estimate
     scores = (len(config.score.methods) - passes) * len(queries) + passes
-    opened = images * sum(attributor(layout, method).opens_images for method in config.score.methods)
+    opened = images * len(queries) * sum(attributor(layout, method).opens_images for method in config.score.methods)
     return {
         "prepare": Work(1, {START: 1, PREPARED: 1} | ({IMAGE: images} if config.prepare.path else {})),
         "encode": Work(1, {TORCH: 1, IMAGE: images * (1 + config.encode.flips), CAPTION: captions}),
