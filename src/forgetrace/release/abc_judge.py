@@ -4,8 +4,6 @@ A query's candidates are the background images and the exemplars of its own mode
 background images stand before exemplars, so that no feature gains by not telling images apart.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import torch
@@ -56,8 +54,7 @@ def judge(
                     if calibration:
                         similarities = torch.cat([near, others]).double().cpu().numpy()
                         values[MASS] = calibration.probabilities(similarities)[: end - start].sum()
-                    file = Path(queries.files[place])
-                    rows += [(model, prompts, str(file), name, value) for name, value in values.items()]
+                    rows += [(model, prompts, queries.files[place], name, value) for name, value in values.items()]
                 bar.update(len(own))
     return pd.DataFrame(rows, columns=PER_QUERY)
 
