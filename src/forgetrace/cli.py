@@ -153,19 +153,26 @@ def unlearn(
 def sweep(
     config: ConfigPath,
     variant: Annotated[str, typer.Option(help="A variant of the config's section unlearn.")],
-    queries: Annotated[int, typer.Option(help="Captions of the tuning pool to use.", min=1)] = 4,
+    queries: Annotated[
+        int, typer.Option(help="Captions of the tuning pool, or images of validation models, to use.", min=1)
+    ] = 4,
     share: Annotated[float, typer.Option(help="Largest relative rise of the loss of other images.")] = 0.01,
     table: Annotated[Path | None, typer.Option(help="Also write what was tried, as .csv.")] = None,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
-    """Choose a variant's step size on tuning queries, without any counterfactual."""
+    """Choose a variant's step size on tuning queries or validation models, without any counterfactual."""
     layout = _experiment(config)
     _use(threads)
     from forgetrace.artifacts import write_table
-    from forgetrace.unlearning.sweep import sweep
+    from forgetrace.attribution.candidates import discard, validation_subjects
+    from forgetrace.unlearning.sweep import sweep, tuning_subjects
 
-    chosen, tried = sweep(layout, _variant(layout, variant), queries, share, device)
+    name, customized = _variant(layout, variant), layout.config.customize
+    subjects = validation_subjects(layout, queries) if customized else tuning_subjects(layout, queries, device)
+    chosen, tried = sweep(layout, name, subjects, share, device)
+    for subject in subjects if customized else []:
+        discard(subject.layout)
     if table:
         write_table(table, tried)
     summary = tried.groupby("step_size")[["query_before", "query_after", "others_before", "others_after"]].mean()

@@ -8,17 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forgetrace.artifacts import read_array, read_arrays, read_json, read_table, read_tensors, sha256_of
+from forgetrace.artifacts import (
+    UserError,
+    read_array,
+    read_arrays,
+    read_json,
+    read_table,
+    read_tensors,
+    sha256_of,
+)
 from forgetrace.attribution import retrieve as module
 from forgetrace.attribution.asked import asked, customised_files
-from forgetrace.attribution.candidates import candidates, discard, exemplar_ids
+from forgetrace.attribution.candidates import candidates, discard, exemplar_ids, validation_subjects
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.retrieve import retrieve
 from forgetrace.datasets.concepts import names
 from forgetrace.diffusion.customization import customize
 from forgetrace.diffusion.synthesis import generate
 from forgetrace.encoding.store import load_encoded
-from forgetrace.unlearning.variants import read_query
+from forgetrace.unlearning.sweep import sweep
+from forgetrace.unlearning.variants import read_query, unlearn_query
 
 from ..conftest import in_child
 from ..customized import customised_layout
@@ -171,3 +180,28 @@ def test_every_file_that_is_kept_is_known_to_tidy(layout):
     written = {path.as_posix() for stage in ("customize", "retrieve") for path in Path(layout.root, stage).rglob("*.*")}
     assert written
     assert written <= customised_files(layout)
+
+
+def test_a_step_size_is_tried_on_images_of_validation_models(tiny, monkeypatch):
+    monkeypatch.setattr("forgetrace.unlearning.sweep.largest_within", lambda rise, share, start: rise(start) and start)
+    layout = customised_layout(monkeypatch, score={"methods": METHODS})
+    models = names(layout.config.customize, layout.config.seed)["validation"]
+    for model in models:
+        customize(layout, model, "cpu")
+    subjects = validation_subjects(layout, len(models) + 1)
+    assert {subject.layout.concept for subject in subjects} == set(models)
+    assert len({(subject.layout.concept, subject.query.name) for subject in subjects}) == len(subjects)
+    _, tried = sweep(layout, "unlearn", subjects, share=0.01, device="cpu")
+    for subject, (_, row) in zip(subjects, tried.iterrows(), strict=True):
+        unlearn_query(subject.layout, "unlearn", subject.query.name, "cpu")
+        losses = read_json(subject.layout.unlearned("unlearn", subject.query.name)["losses"])
+        assert row["query"] == subject.query.name
+        for when in ("before", "after"):
+            assert row[f"query_{when}"] == pytest.approx(losses[when]["query"], rel=1e-6)
+            assert row[f"others_{when}"] == pytest.approx(losses[when]["others"], rel=1e-6)
+
+
+def test_more_images_than_validation_models_make_is_an_error(tiny, monkeypatch):
+    layout = customised_layout(monkeypatch, score={"methods": METHODS})
+    with pytest.raises(UserError, match=r"^--queries 99: validation models make \d+ images; raise customize\.objects"):
+        validation_subjects(layout, 99)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from forgetrace.artifacts import UserError, read_json
 from forgetrace.diffusion.synthesis import synthesize
 from forgetrace.unlearning import sweep as module
-from forgetrace.unlearning.sweep import FACTOR, floor_digits, largest_within, sweep
+from forgetrace.unlearning.sweep import FACTOR, floor_digits, largest_within, sweep, tuning_subjects
 from forgetrace.unlearning.variants import unlearn_query
 
 from ..conftest import settings
@@ -72,7 +72,7 @@ def test_rounding_goes_down_to_two_digits(value):
 def test_the_sweep_tries_tuning_queries_only_and_keeps_the_bound(tiny, monkeypatch):
     monkeypatch.setattr(module, "BISECTIONS", 1)
     monkeypatch.setattr("forgetrace.unlearning.sample.DRAWS", 1)
-    chosen, tried = sweep(tiny, "unlearn", queries=2, share=0.02, device="cpu")
+    chosen, tried = sweep(tiny, "unlearn", tuning_subjects(tiny, 2), share=0.02, device="cpu")
     assert set(tried["query"]) == {"tuning-00", "tuning-01"}
     rises = (tried["others_after"] / tried["others_before"] - 1).groupby(tried["step_size"]).mean()
     assert rises[rises.index <= chosen].max() <= 0.02
@@ -94,7 +94,7 @@ def test_a_trial_is_what_the_stage_would_do(tiny, monkeypatch):
     layout = replace(tiny, config=settings(unlearn=variants, synthesize=queries))
     synthesize(layout, "tuning-00", "cpu")
     for variant in variants:
-        _, tried = sweep(layout, variant, queries=1, share=0.01, device="cpu")
+        _, tried = sweep(layout, variant, tuning_subjects(layout, 1), share=0.01, device="cpu")
         unlearn_query(layout, variant, "tuning-00", "cpu")
         losses = read_json(layout.unlearned(variant, "tuning-00")["losses"])
         row = tried.iloc[0]
@@ -106,7 +106,7 @@ def test_a_trial_is_what_the_stage_would_do(tiny, monkeypatch):
 def test_adams_rate_can_be_swept(tiny, monkeypatch):
     monkeypatch.setattr(module, "BISECTIONS", 1)
     layout = replace(tiny, config=settings(unlearn={"unlearn": {"procedure": "adam", "step_size": 1e-3, "draws": 8}}))
-    chosen, tried = sweep(layout, "unlearn", queries=1, share=0.02, device="cpu")
+    chosen, tried = sweep(layout, "unlearn", tuning_subjects(layout, 1), share=0.02, device="cpu")
     rises = (tried["others_after"] / tried["others_before"] - 1).set_axis(tried["step_size"])
     assert rises[rises.index <= chosen].max() <= 0.02 < rises.max()
 
@@ -114,9 +114,9 @@ def test_adams_rate_can_be_swept(tiny, monkeypatch):
 def test_a_variant_that_stops_by_itself_is_not_swept(tiny):
     layout = replace(tiny, config=settings(unlearn={"unlearn": {"step_size": 1}, "mirrored": {"procedure": "mucs"}}))
     with pytest.raises(UserError, match=r"^--variant mirrored: how far mucs goes is set by its bound"):
-        sweep(layout, "mirrored", queries=1, share=0.02)
+        sweep(layout, "mirrored", [], share=0.02)
 
 
 def test_more_queries_than_captions_is_an_error(tiny):
     with pytest.raises(UserError, match="--queries 61: the tuning pool has only 60 captions"):
-        sweep(tiny, "unlearn", queries=61, share=0.01)
+        tuning_subjects(tiny, 61)

@@ -4,8 +4,6 @@ Pixel and text similarity are the rows of AbU's Table 1 (arXiv 2406.09408); ``pi
 the cosine because a cosine of pixels is dominated by the background's brightness.
 """
 
-import functools
-
 import numpy as np
 
 from forgetrace.artifacts import read_array, read_arrays, read_image, read_table
@@ -48,19 +46,23 @@ class Pixel(Attributor):
         scores = np.empty((len(queries), len(names)))
         for start in range(0, len(names), block):
             images = np.stack([read(name) for name in names[start : start + block]])
-            flat = functools.cache(lambda mask, images=images: self._flat(images[:, np.array(mask)]))  # of most queries
+            flat = {}  # by mask, which most queries share
             for row, own in zip(scores, views, strict=True):
-                row[start : start + block] = np.max([self.similarity(flat(mask), view) for mask, view in own], axis=0)
+                for mask, _ in own:
+                    if mask.tobytes() not in flat:
+                        flat[mask.tobytes()] = self._flat(images[:, mask])
+                near = [self.similarity(flat[mask.tobytes()], view) for mask, view in own]
+                row[start : start + block] = np.max(near, axis=0)
         return dict(zip(queries, scores, strict=True))
 
-    def _views(self, query: str) -> list[tuple[tuple, np.ndarray]]:
-        """The query's orientations: which pixels are compared, by row and column, and their numbers."""
+    def _views(self, query: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The query's orientations: which pixels are compared, (H, W), bool, and their numbers."""
         pixels, inside = read_image(self.layout.query(query)["image"]), region_of(self.layout, query)
         inside = np.ones(pixels.shape[:2], dtype=bool) if inside is None else inside
         sides = [1, -1] if self.layout.config.encode.flips else [1]
         masks = [inside[:, ::side] for side in sides]
         own = [self._flat(pixels[None, :, ::side][:, mask])[0] for side, mask in zip(sides, masks, strict=True)]
-        return [(tuple(map(tuple, mask.tolist())), view) for mask, view in zip(masks, own, strict=True)]
+        return list(zip(masks, own, strict=True))
 
     @staticmethod
     def similarity(images: np.ndarray, query: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from forgetrace.artifacts import (
+    UserError,
     fingerprint,
     provenance,
     read_array,
@@ -35,7 +36,10 @@ from forgetrace.artifacts import (
 from forgetrace.attribution.image_features import EncodedImages
 from forgetrace.attribution.registry import all_features
 from forgetrace.config import Config, ImageQuery
+from forgetrace.datasets.concepts import names, query_names
 from forgetrace.layout import Layout
+from forgetrace.unlearning.sweep import Subject
+from forgetrace.unlearning.variants import read_query
 
 AT_ONCE = 2**10  # rows of a base file in memory
 
@@ -118,6 +122,37 @@ def candidates(layout: Layout, model: str, methods: list[str]) -> Candidates:
         else:
             features.fit()
     return own
+
+
+def validation_subjects(layout: Layout, count: int) -> list[Subject]:
+    """So many images of validation models to choose a step size on, spread over the models and their prompts.
+
+    Their experiments are left in place; :func:`discard` removes one.
+
+    Raises:
+        UserError: the config has no validation models, or fewer images of them.
+    """
+    settings = layout.config.customize
+    models = names(settings, layout.config.seed)["validation"]
+    made = [query_names(settings, model) for model in models]
+    # In rounds over the models, each with another prompt than its neighbours.
+    images = [
+        (i, own[(turn + i) % len(own)])
+        for turn in range(max(map(len, made), default=0))
+        for i, own in enumerate(made)
+        if turn < len(own)
+    ]
+    if count > len(images):
+        raise UserError(
+            f"--queries {count}: validation models make {len(images)} images; raise customize.objects.validation "
+            "or customize.styles.validation."
+        )
+    step = max(1, len(models) // count)  # fewer images than models: of all kinds
+    subjects = []
+    for i, query in images[: count * step : step]:
+        own = candidates(layout, models[i], [])
+        subjects.append(Subject(own, read_query(own, query)))
+    return subjects
 
 
 def discard(own: Candidates) -> None:

@@ -113,11 +113,21 @@ def summary(values: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     rows = []
     for (queries, kind, manner, metric), part in _parts(values):
         for method, own in part.groupby("method", sort=False):
-            of_models = own.groupby("model")["value"].mean().to_numpy()
-            low, high = interval(bootstrap_means([of_models[:, None]], resamples, seed)[0], len(of_models))
-            about = (queries, kind, manner, method, metric)
-            rows.append((*about, len(of_models), len(own), of_models.mean(), low, high))
+            rows.append((queries, kind, manner, method, metric, *mean_over_models(own, resamples, seed)))
     return pd.DataFrame(rows, columns=SUMMARY)
+
+
+def mean_over_models(values: pd.DataFrame, resamples: int, seed: int) -> tuple[int, int, float, float, float]:
+    """Models, queries, mean over models of the mean over their queries, and its 95% interval, which resamples models.
+
+    Args:
+        values: one metric of one method, the columns model and value.
+        resamples: of the bootstrap.
+        seed: its seed.
+    """
+    of_models = values.groupby("model")["value"].mean().to_numpy()
+    low, high = interval(bootstrap_means([of_models[:, None]], resamples, seed)[0], len(of_models))
+    return len(of_models), len(values), of_models.mean(), low, high
 
 
 def comparisons(values: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 from forgetrace.attribution.calibration import Calibration
 from forgetrace.attribution.heads import Heads
-from forgetrace.evaluation.retrieval import metrics
-from forgetrace.evaluation.statistics import bootstrap_means, interval
+from forgetrace.evaluation.retrieval import mean_over_models, metrics
 from forgetrace.progress import progress
 from forgetrace.release.abc import CaseFeatures, Features
 
@@ -62,8 +61,7 @@ def judge(
 def exemplar_ranks(exemplars: torch.Tensor, background: torch.Tensor) -> np.ndarray:
     """Ranks (from 1) of n exemplars among all candidates, from the similarities (n,) and (N,) of a query."""
     own = exemplars.sort(descending=True).values
-    # Of ascending values, how many are at least as large.
-    before = len(background) - torch.searchsorted(background.sort().values, own, side="left")
+    before = torch.stack([(background >= similarity).sum() for similarity in own])
     return (before + torch.arange(1, len(own) + 1, device=own.device)).cpu().numpy()
 
 
@@ -71,10 +69,7 @@ def summarised(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Means over models by kind of prompt, with 95% intervals that resample models: the columns ``SUMMARY``."""
     rows = []
     for (prompts, metric), own in values.groupby(["prompts", "metric"], sort=False):
-        of_models = own.groupby("model")["value"].mean().to_numpy()
-        means = bootstrap_means([of_models[:, None]], RESAMPLES, seed)[0]
-        about = (prompts, metric, len(of_models), len(own))
-        rows.append((*about, of_models.mean(), *interval(means, len(of_models))))
+        rows.append((prompts, metric, *mean_over_models(own, RESAMPLES, seed)))
     return pd.DataFrame(rows, columns=SUMMARY)
 
 

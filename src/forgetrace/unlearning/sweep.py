@@ -1,12 +1,14 @@
 """``forgetrace sweep``: the step size of a variant, chosen without looking at any counterfactual.
 
 The chosen α is the largest for which the mean loss of a fixed sample of other training images rises by
-at most a stated share, on average over queries drawn from the tuning pool. It is bracketed by factors
-of four and then bisected on log α.
+at most a stated share, on average over queries that nothing is reported of: those of the tuning pool, or in an
+experiment of customised models images of its validation models. It is bracketed by factors of four and then bisected
+on log α.
 """
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -28,13 +30,45 @@ FACTOR = 4.0
 LARGEST, SMALLEST = 1e3, 1e-12
 
 
-def sweep(layout: Layout, variant: str, queries: int, share: float, device: str = "auto") -> tuple[float, pd.DataFrame]:
-    """Choose a variant's step size on tuning queries.
+@dataclass(frozen=True)
+class Subject:
+    """An image to forget, and the model that made it.
+
+    Attributes:
+        layout: the experiment in which that model is θ0.
+        query: the image.
+    """
+
+    layout: Layout
+    query: Query
+
+
+def tuning_subjects(layout: Layout, count: int, device: str = "auto") -> list[Subject]:
+    """Images that θ0 makes of so many captions of the tuning pool.
+
+    Raises:
+        UserError: the pool has too few captions.
+    """
+    pool = layout.config.prepare.tuning_captions
+    if count > pool:
+        raise UserError(f"--queries {count}: the tuning pool has only {pool} captions.")
+    unet, subjects = load_unet(layout, pick_device(device)), []
+    for name in (f"tuning-{i:02d}" for i in range(count)):
+        _, arrays = generate_query(layout, unet, name)
+        query = Query(name, torch.from_numpy(arrays["latent"]), torch.from_numpy(arrays["prompt"]))
+        subjects.append(Subject(layout, query))
+    return subjects
+
+
+def sweep(
+    layout: Layout, variant: str, subjects: list[Subject], share: float, device: str = "auto"
+) -> tuple[float, pd.DataFrame]:
+    """Choose a variant's step size.
 
     Args:
         layout: an experiment whose ``train`` and ``fit`` stages are done.
         variant: one of the config's unlearning variants; its step size is where the search starts.
-        queries: how many of the tuning pool's captions to use.
+        subjects: what to unlearn; nothing may be reported of them.
         share: largest mean relative rise of the others' loss.
         device: where to compute.
 
@@ -43,16 +77,13 @@ def sweep(layout: Layout, variant: str, queries: int, share: float, device: str 
         query_before, query_after, others_before, others_after.
 
     Raises:
-        UserError: no step size satisfies the bound, the pool has too few captions, or the variant stops by itself.
+        UserError: no step size satisfies the bound, or the variant stops by itself.
     """
     if layout.config.unlearn[variant].procedure == "mucs":
         raise UserError(
             f"--variant {variant}: how far mucs goes is set by its bound and not by its step size, leave step_size out."
         )
-    pool = layout.config.prepare.tuning_captions
-    if queries > pool:
-        raise UserError(f"--queries {queries}: the tuning pool has only {pool} captions.")
-    trials = _Trials(layout, layout.config.unlearn[variant], variant, queries, pick_device(device))
+    trials = _Trials(layout.config.unlearn[variant], subjects, pick_device(device))
     chosen = largest_within(trials.rise, share, layout.config.unlearn[variant].step_size)
     return chosen, pd.DataFrame(trials.rows)
 
@@ -89,54 +120,65 @@ def floor_digits(value: float) -> float:
 
 
 class _Trials:
-    """Losses after unlearning each tuning query with a given step size."""
+    """Losses after unlearning each subject with a given step size."""
 
-    def __init__(self, layout: Layout, settings: Variant, variant: str, queries: int, device: torch.device):
-        self.layout, self.settings, self.rows = layout, settings, []
-        self.encoded, self.scheduler = load_encoded(layout), load_scheduler(layout)
-        self.unet = load_unet(layout, device)
-        self.seed = layout.config.seed
-        self.curvature = load_curvature(layout, settings.curvature, settings.damping)
-        self.queries = [self._query(f"tuning-{i:02d}") for i in range(queries)]
-        self.others_before = others_loss(self.unet, self.scheduler, self.encoded, self.seed)
-        self.before = {query.name: self._query_loss(query) for query in self.queries}
+    def __init__(self, settings: Variant, subjects: list[Subject], device: torch.device):
+        self.settings, self.rows = settings, []
+        self.models = {subject.layout.weights: _Model(subject.layout, settings, device) for subject in subjects}
+        self.subjects = [(self.models[subject.layout.weights], subject.query) for subject in subjects]
+        self.before = [(model.query_loss(query), model.others_loss()) for model, query in self.subjects]
         # The direction of a single Newton step does not depend on its size: one gradient serves all trials.
         single = settings.procedure == "newton" and settings.steps == 1
-        self.directions = {query.name: self._direction(query) for query in self.queries} if single else {}
+        self.directions = [model.direction(query) if single else None for model, query in self.subjects]
 
     def rise(self, step_size: float) -> float:
-        """Mean relative rise of the others' loss over the tuning queries; infinite where a step fails."""
-        rises = []
-        for query in self.queries:
-            load_weights(self.unet, self.layout.weights)
+        """Mean relative rise of the others' loss over the subjects; infinite where a step fails."""
+        settings, rises = self.settings.model_copy(update={"step_size": step_size}), []
+        for (model, query), (query_before, others_before), direction in zip(
+            self.subjects, self.before, self.directions, strict=True
+        ):
             try:
-                self._unlearn(query, step_size)
+                model.unlearn(settings, query, direction)
             except UserError:
                 return float("inf")
-            after = others_loss(self.unet, self.scheduler, self.encoded, self.seed)
-            rises.append(after / self.others_before - 1)
-            row = {"step_size": step_size, "query": query.name, "query_before": self.before[query.name]}
-            row |= {"query_after": self._query_loss(query), "others_before": self.others_before}
-            self.rows.append(row | {"others_after": after})
+            row = {"step_size": step_size, "query": query.name, "query_before": query_before}
+            row |= {"query_after": model.query_loss(query), "others_before": others_before}
+            self.rows.append(row | {"others_after": model.others_loss()})
+            rises.append(self.rows[-1]["others_after"] / others_before - 1)
         mean = sum(rises) / len(rises)
         return mean if mean == mean else float("inf")
 
-    def _unlearn(self, query: Query, step_size: float) -> None:
-        settings = self.settings.model_copy(update={"step_size": step_size})
-        if direction := self.directions.get(query.name):
+
+class _Model:
+    """The θ0 of one experiment, unlearned and restored."""
+
+    def __init__(self, layout: Layout, settings: Variant, device: torch.device):
+        self.layout, self.config, self.settings = layout, layout.config, settings
+        self.encoded, self.scheduler = load_encoded(layout), load_scheduler(layout)
+        self.unet = load_unet(layout, device)
+        self.curvature = load_curvature(layout, settings.curvature, settings.damping)
+
+    def unlearn(self, settings: Variant, query: Query, direction: dict[str, torch.Tensor] | None) -> None:
+        """Make the model forget; along a known direction where there is one."""
+        self.restore()
+        if direction:
             move(self.unet, direction, step_scale(settings, len(self.encoded)), query.name)
         else:
-            config = self.layout.config
-            carry_out(config, settings, self.unet, self.scheduler, self.encoded, query, self.curvature)
+            carry_out(self.config, settings, self.unet, self.scheduler, self.encoded, query, self.curvature)
 
-    def _direction(self, query: Query) -> dict[str, torch.Tensor]:
+    def restore(self) -> None:
+        load_weights(self.unet, self.layout.weights)
+
+    def direction(self, query: Query) -> dict[str, torch.Tensor]:
+        """F⁻¹ ∇L of the query."""
         names = select([name for name, _ in self.unet.named_parameters()], self.settings.weights)
-        gradient = query_gradient(self.unet, self.scheduler, query, names, range(self.settings.draws), self.seed)
-        return self.curvature.precondition(gradient)
+        draws = range(self.settings.draws)
+        return self.curvature.precondition(
+            query_gradient(self.unet, self.scheduler, query, names, draws, self.config.seed)
+        )
 
-    def _query(self, name: str) -> Query:
-        _, arrays = generate_query(self.layout, self.unet, name)
-        return Query(name, torch.from_numpy(arrays["latent"]), torch.from_numpy(arrays["prompt"]))
+    def query_loss(self, query: Query) -> float:
+        return query_loss(self.unet, self.scheduler, query, self.config.seed)
 
-    def _query_loss(self, query: Query) -> float:
-        return query_loss(self.unet, self.scheduler, query, self.seed)
+    def others_loss(self) -> float:
+        return others_loss(self.unet, self.scheduler, self.encoded, self.config.seed)
