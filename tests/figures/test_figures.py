@@ -161,3 +161,14 @@ def test_a_long_text_is_broken_to_fit_and_ends_in_an_ellipsis():
     wide = "\u4e00" * 40  # an em each
     assert "".join(lines(wide, 2, 12)) == wide
     assert all(len(line) * 12 / 72 <= 2 for line in lines(wide, 2, 12))
+
+
+def test_a_border_is_around_the_image_and_not_over_it(tmp_path):
+    page = Page(1.0, 1.0)
+    page.border(0.25, 0.25, 0.5, "#00815E")
+    page.image(0.25, 0.25, 0.5, np.full((4, 4, 3), [200, 10, 10], dtype=np.uint8))
+    page.figure.savefig(tmp_path / "page.png")
+    drawn = read_image(tmp_path / "page.png")
+    middle = len(drawn) // 2
+    assert drawn[middle, middle].tolist() == [200, 10, 10]
+    assert [0x00, 0x81, 0x5E] in drawn[middle].tolist()

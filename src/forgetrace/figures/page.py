@@ -49,9 +49,9 @@ class Page:
         self._axes.imshow(pixels, extent=extent, interpolation="nearest", aspect="auto")
 
     def border(self, x: float, y: float, size: float, colour: str) -> None:
-        """Mark the square image that will be placed there."""
+        """Mark the square image that is placed there; drawn below images, whatever comes first."""
         left, top, width = _whole_pixels(x), _whole_pixels(y), 0.03
-        square = Rectangle((left - width, top - width), size + 2 * width, size + 2 * width, facecolor=colour)
+        square = Rectangle((left - width, top - width), size + 2 * width, size + 2 * width, facecolor=colour, zorder=-1)
         self._axes.add_patch(square)
 
     def outline(self, x: float, y: float, pixel: float, inside: np.ndarray, colour: str) -> None:
