@@ -203,10 +203,11 @@ def test_the_sweep_prints_the_chosen_step_size(config, monkeypatch):
     columns = ["step_size", "query", "query_before", "query_after", "others_before", "others_after"]
     tried = pd.DataFrame([[2.5e-4, "tuning-00", 0.1, 0.2, 0.3, 0.301]], columns=columns)
     asked = []
+    monkeypatch.setattr(sweep, "tuning_subjects", lambda layout, count, device: [device] * count)
     monkeypatch.setattr(sweep, "sweep", lambda *arguments: asked.append(arguments[1:]) or (2.5e-4, tried))
     arguments = ["sweep", "--config", config, "--variant", "unlearn", "--queries", "3", "--table", "tried.csv"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0
     assert "step_size: 2.5e-04  # largest that raises other images' loss by at most 1.0%" in result.output
-    assert asked == [("unlearn", 3, 0.01, "auto")]
+    assert asked == [("unlearn", ["auto"] * 3, 0.01, "auto")]
     assert pd.read_csv("tried.csv").to_dict("records") == tried.to_dict("records")
