@@ -165,14 +165,19 @@ def sweep(
     layout = _experiment(config)
     _use(threads)
     from forgetrace.artifacts import write_table
-    from forgetrace.attribution.candidates import discard, validation_subjects
     from forgetrace.unlearning.sweep import sweep, tuning_subjects
 
-    name, customized = _variant(layout, variant), layout.config.customize
-    subjects = validation_subjects(layout, queries) if customized else tuning_subjects(layout, queries, device)
+    name = _variant(layout, variant)
+    if layout.config.customize:
+        from forgetrace.attribution.candidates import discard, validation_subjects
+
+        subjects = validation_subjects(layout, queries)
+    else:
+        subjects = tuning_subjects(layout, queries, device)
     chosen, tried = sweep(layout, name, subjects, share, device)
-    for subject in subjects if customized else []:
-        discard(subject.layout)
+    if layout.config.customize:
+        for subject in subjects:
+            discard(subject.layout)
     if table:
         write_table(table, tried)
     summary = tried.groupby("step_size")[["query_before", "query_after", "others_before", "others_after"]].mean()
