@@ -124,9 +124,14 @@ class _Trials:
 
     def __init__(self, settings: Variant, subjects: list[Subject], device: torch.device):
         self.settings, self.rows = settings, []
-        self.models = {subject.layout.weights: _Model(subject.layout, settings, device) for subject in subjects}
-        self.subjects = [(self.models[subject.layout.weights], subject.query) for subject in subjects]
-        self.before = [(model.query_loss(query), model.others_loss()) for model, query in self.subjects]
+        layouts = {subject.layout.weights: subject.layout for subject in subjects}
+        models = {weights: _Model(layout, settings, device) for weights, layout in layouts.items()}
+        others = {weights: model.others_loss() for weights, model in models.items()}
+        self.subjects = [(models[subject.layout.weights], subject.query) for subject in subjects]
+        self.before = [
+            (models[subject.layout.weights].query_loss(subject.query), others[subject.layout.weights])
+            for subject in subjects
+        ]
         # The direction of a single Newton step does not depend on its size: one gradient serves all trials.
         single = settings.procedure == "newton" and settings.steps == 1
         self.directions = [model.direction(query) if single else None for model, query in self.subjects]
@@ -150,7 +155,7 @@ class _Trials:
 
 
 class _Model:
-    """The θ0 of one experiment, unlearned and restored."""
+    """The θ0 of one experiment, which every trial starts from."""
 
     def __init__(self, layout: Layout, settings: Variant, device: torch.device):
         self.layout, self.config, self.settings = layout, layout.config, settings
@@ -160,14 +165,11 @@ class _Model:
 
     def unlearn(self, settings: Variant, query: Query, direction: dict[str, torch.Tensor] | None) -> None:
         """Make the model forget; along a known direction where there is one."""
-        self.restore()
+        load_weights(self.unet, self.layout.weights)
         if direction:
             move(self.unet, direction, step_scale(settings, len(self.encoded)), query.name)
         else:
             carry_out(self.config, settings, self.unet, self.scheduler, self.encoded, query, self.curvature)
-
-    def restore(self) -> None:
-        load_weights(self.unet, self.layout.weights)
 
     def direction(self, query: Query) -> dict[str, torch.Tensor]:
         """F⁻¹ ∇L of the query."""
