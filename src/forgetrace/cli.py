@@ -197,16 +197,27 @@ def tune(
         int | None,
         typer.Option(help="Judge by a training without so many top images of every tuning query.", min=1),
     ] = None,
+    queries: Annotated[
+        int, typer.Option(help="Where models are customised: images of validation models to find exemplars of.", min=1)
+    ] = 16,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
-    """Choose an option of a method on tuning queries, by linear datamodeling score (LDS) or leaving images out."""
+    """Choose an option of a method on tuning queries, by linear datamodeling score (LDS) or leaving images out.
+
+    Where models are customised it is chosen on validation models, by the average precision of their exemplars.
+    """
     layout = _experiment(config)
     _use(threads)
     from forgetrace.artifacts import write_table
     from forgetrace.evaluation.tune import best, judged_by, tune
 
-    tried = tune(layout, method, option, values.split(","), device, partial, leave_out)
+    if layout.config.customize:
+        from forgetrace.evaluation.tune_exemplars import tune_on_exemplars
+
+        tried = tune_on_exemplars(layout, method, option, values.split(","), queries, device)
+    else:
+        tried = tune(layout, method, option, values.split(","), device, partial, leave_out)
     if table:
         write_table(table, tried)
     summary = tried.groupby("value", sort=False)[judged_by(tried)].agg(["mean", "sem", "count"])

@@ -52,11 +52,11 @@ def test_every_value_of_a_variants_option_is_scored_on_the_tuning_queries(tiny, 
     assert table["value"].tolist() == ["1e-4", "1e-4", "1e-3", "1e-3"]
     assert table["query"].tolist() == ["tuning-00", "tuning-01"] * 2
     assert (table["halves"] == HALVES).all()
-    trial = module._with(layout, "unlearn", "step_size", 1e-3)
+    trial = module.trial(layout, "unlearn", "step_size", "1e-3")
     variant = trial.config.score.methods["unlearn"].variant
     assert trial.config.unlearn[variant].step_size == 1e-3
     other = replace(layout, config=layout.config.model_copy(update={"seed": 6}))  # θ0 and the scans would be others
-    assert module._with(other, "unlearn", "step_size", 1e-3).config.score.methods["unlearn"].variant != variant
+    assert module.trial(other, "unlearn", "step_size", "1e-3").config.score.methods["unlearn"].variant != variant
     kept = np.array([half(layout, len(read_table(layout.index)), f"draw{i}") for i in range(HALVES)])
     scores = Unlearning(trial, "unlearn").scores("tuning-01")
     assert table["lds"][3] == pytest.approx(spearmanr(-(kept @ scores), losses_of(layout, "tuning-01")).statistic)
@@ -74,14 +74,14 @@ def test_an_option_of_the_method_itself_is_changed_there(tiny):
     layout = with_halves(tiny, score={"methods": methods}, retrain={"subsets": HALVES, "queries": 1, "methods": []})
     table = tune(layout, "influence", "damping", ["0.01", "100"], "cpu")
     for value, rows in table.groupby("value"):
-        trial = module._with(layout, "influence", "damping", float(value))
+        trial = module.trial(layout, "influence", "damping", value)
         kept = np.array([half(layout, len(read_table(layout.index)), f"draw{i}") for i in range(HALVES)])
         for _, row in rows.iterrows():
             scores = attributor(trial, "influence", "cpu").scores(row["query"])
             expected = spearmanr(-(kept @ scores), losses_of(layout, row["query"])).statistic
             assert row["lds"] == pytest.approx(expected)
     assert len(table) == 4
-    assert module._with(layout, "influence", "damping", 0.01).config.score.methods["influence"].damping == 0.01
+    assert module.trial(layout, "influence", "damping", "0.01").config.score.methods["influence"].damping == 0.01
 
 
 def test_the_best_value_has_the_highest_mean():

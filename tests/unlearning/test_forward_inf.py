@@ -11,7 +11,7 @@ from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.noise import monte_carlo
 from forgetrace.unlearning import step as module
 from forgetrace.unlearning.forward_inf import unlearn_by_adam
-from forgetrace.unlearning.step import query_gradient, query_loss
+from forgetrace.unlearning.step import Course, query_gradient, query_loss
 from forgetrace.unlearning.variants import read_query, unlearn_query
 
 from ..conftest import settings
@@ -24,7 +24,7 @@ def test_the_first_step_moves_every_weight_by_the_rate_along_its_gradients_sign(
     names = [name for name in before if "conv" in name]
     gradient = query_gradient(unet, scheduler, target, names, range(10), 5)
     loss = query_loss(unet, scheduler, target, 5)
-    changed = unlearn_by_adam(unet, scheduler, target, names, 1e-3, 1, 10, 5)
+    changed = unlearn_by_adam(unet, scheduler, target, names, 1e-3, Course(1, 10), 5)
     assert list(changed) == names
     for name, weight in unet.named_parameters():
         if name not in names:
@@ -42,7 +42,7 @@ def test_the_first_step_moves_every_weight_by_the_rate_along_its_gradients_sign(
 def test_several_steps_are_adams_by_hand():
     """The recursion of the module's docstring in float64, on a model whose gradient is known."""
     unet = stub()
-    changed = unlearn_by_adam(unet, SCHEDULE, query(), ["w"], 0.3, 4, 6, 9)
+    changed = unlearn_by_adam(unet, SCHEDULE, query(), ["w"], 0.3, Course(4, 6), 9)
     w, m, v = 0.5, 0.0, 0.0
     for k in range(1, 5):
         _, noise = monte_carlo(9, "unlearn q", range(6 * k - 6, 6 * k), 10, (2, 4, 4))
@@ -56,7 +56,7 @@ def test_several_steps_are_adams_by_hand():
 
 def test_the_result_depends_on_the_seed_but_not_on_how_draws_are_batched(monkeypatch):
     def weight(seed: int) -> float:
-        return unlearn_by_adam(stub(), SCHEDULE, query(), ["w"], 0.3, 3, 13, seed)["w"].item()
+        return unlearn_by_adam(stub(), SCHEDULE, query(), ["w"], 0.3, Course(3, 13), seed)["w"].item()
 
     whole, other = weight(9), weight(8)
     assert abs(whole - other) > 1e-5
@@ -75,7 +75,7 @@ def test_the_stages_take_it_like_any_variant(tiny):
     unet = load_unet(layout, CPU)
     names = [name for name, _ in unet.named_parameters() if ".attn" in name]
     target = read_query(layout, "report-00")
-    expected = unlearn_by_adam(unet, load_scheduler(layout), target, names, 1e-3, 2, 16, 5)
+    expected = unlearn_by_adam(unet, load_scheduler(layout), target, names, 1e-3, Course(2, 16), 5)
     written = read_tensors(files["weights"])
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in names)

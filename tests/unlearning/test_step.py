@@ -15,7 +15,7 @@ from forgetrace.diffusion.subsets import select
 from forgetrace.encoding.store import load_encoded
 from forgetrace.unlearning import step as module
 from forgetrace.unlearning.sample import others_loss
-from forgetrace.unlearning.step import Query, move, query_gradient, query_loss, unlearn
+from forgetrace.unlearning.step import Course, Query, move, query_gradient, query_loss, unlearn
 from forgetrace.unlearning.variants import load_curvature, read_query, step_scale, unlearn_query
 
 from ..conftest import settings
@@ -54,7 +54,7 @@ def stub() -> Bias:
 def test_one_newton_step_closed_form():
     unet = stub()
     curvature = DiagonalFisher({"w": torch.tensor(3.0).double()}, damping=0.5)  # F + λ = 4.5
-    changed = unlearn(unet, SCHEDULE, query(), curvature, ["w"], 0.2 / 40, 1, 12, 9)
+    changed = unlearn(unet, SCHEDULE, query(), curvature, ["w"], 0.2 / 40, Course(1, 12), 9)
     expected = 0.5 + 0.2 / 40 * gradient_of(0.5, range(12)) / 4.5
     assert changed.keys() == {"w"}
     assert changed["w"].item() == pytest.approx(expected, rel=1e-6)
@@ -64,10 +64,36 @@ def test_one_newton_step_closed_form():
 
 def test_every_step_takes_the_gradient_afresh():
     unet, w = stub(), 0.5
-    unlearn(unet, SCHEDULE, query(), Identity(), ["w"], 0.1, 3, 6, 9)
+    unlearn(unet, SCHEDULE, query(), Identity(), ["w"], 0.1, Course(3, 6), 9)
     for step in range(3):
         w += 0.1 * gradient_of(w, range(6 * step, 6 * step + 6))
     assert unet.w.item() == pytest.approx(w, rel=1e-5)
+
+
+def test_steps_may_grow():
+    unet, w = stub(), 0.5
+    unlearn(unet, SCHEDULE, query(), Identity(), ["w"], 0.1, Course(3, 6, growth=1.5), 9)
+    for step in range(3):
+        w += 0.1 * 1.5**step * gradient_of(w, range(6 * step, 6 * step + 6))
+    assert unet.w.item() == pytest.approx(w, rel=1e-5)
+
+
+def test_steps_end_when_the_querys_loss_has_risen_enough(caplog):
+    def after(steps: int, rise: float | None = None) -> torch.nn.Module:
+        unet = stub()
+        unlearn(unet, SCHEDULE, query(), Identity(), ["w"], 0.02, Course(steps, 6, rise=rise), 9)
+        return unet
+
+    def loss(unet: torch.nn.Module) -> float:
+        return query_loss(unet, SCHEDULE, query(), 9, module.LOOK_DRAWS)
+
+    theta0, some, more = loss(stub()), after(8), after(10)
+    rise = loss(more) / theta0
+    assert loss(some) < loss(more)
+    assert after(100, 0.999 * rise).w == more.w  # looks come every second step
+    assert not caplog.messages
+    assert after(10, 1.001 * rise).w == more.w
+    assert "10 steps did not raise its loss" in caplog.text
 
 
 def test_gradient_ascent_is_autograds_gradient(tiny):
@@ -85,7 +111,7 @@ def test_gradient_ascent_is_autograds_gradient(tiny):
         torch.from_numpy(noise),
     ).mean().backward()
     before = {name: weight.clone() for name, weight in unet.state_dict().items()}
-    changed = unlearn(unet, scheduler, target, Identity(), names, 0.3, 1, 10, 5)
+    changed = unlearn(unet, scheduler, target, Identity(), names, 0.3, Course(1, 10), 5)
     expected = dict(reference.named_parameters())
     assert list(changed) == names
     for name, weight in unet.state_dict().items():

@@ -124,10 +124,8 @@ def candidates(layout: Layout, model: str, methods: list[str]) -> Candidates:
     return own
 
 
-def validation_subjects(layout: Layout, count: int) -> list[Subject]:
-    """So many images of validation models to choose a step size on, spread over the models and their prompts.
-
-    Their experiments are left in place; :func:`discard` removes one.
+def validation_images(layout: Layout, count: int) -> list[tuple[str, str]]:
+    """So many images of validation models to choose settings on, as (model, query), spread over models and prompts.
 
     Raises:
         UserError: the config has no validation models, or fewer images of them.
@@ -137,7 +135,7 @@ def validation_subjects(layout: Layout, count: int) -> list[Subject]:
     made = [query_names(settings, model) for model in models]
     # In rounds over the models, each with another prompt than its neighbours.
     images = [
-        (i, own[(turn + i) % len(own)])
+        (models[i], own[(turn + i) % len(own)])
         for turn in range(max(map(len, made), default=0))
         for i, own in enumerate(made)
         if turn < len(own)
@@ -148,9 +146,17 @@ def validation_subjects(layout: Layout, count: int) -> list[Subject]:
             "or customize.styles.validation."
         )
     step = max(1, len(models) // count)  # fewer images than models: of all kinds
+    return images[: count * step : step]
+
+
+def validation_subjects(layout: Layout, count: int) -> list[Subject]:
+    """The images of :func:`validation_images`, each in the experiment of its own model.
+
+    Their experiments are left in place; :func:`discard` removes one.
+    """
     subjects = []
-    for i, query in images[: count * step : step]:
-        own = candidates(layout, models[i], [])
+    for model, query in validation_images(layout, count):
+        own = candidates(layout, model, [])
         subjects.append(Subject(own, read_query(own, query)))
     return subjects
 

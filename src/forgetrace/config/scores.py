@@ -61,6 +61,18 @@ class Variant(Section):
         description="Draws of (t, ε) for each gradient; with mucs as many of the query and of D (mucs: 100).",
     )
     damping: float = Field(0.1, ge=0, description="λ of each layer as a multiple of its mean Fisher entry.")
+    growth: float = Field(
+        1.0,
+        ge=1,
+        description="Every Newton step is so many times as long as the one before.",
+        exclude_if=is_one,
+    )
+    rise: float | None = Field(
+        None,
+        gt=1,
+        description="Newton steps end as soon as the query's loss is so many times what it was; without it, after all.",
+        exclude_if=unused,
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -69,7 +81,9 @@ class Variant(Section):
         if procedure not in tuple(PROCEDURES):
             return given  # newton, or for the fields to refuse
         fixed = PROCEDURES[procedure]
-        if useless := [k for k in ("curvature", "damping") if k in given and given[k] != fixed.get(k)]:
+        if useless := [
+            k for k in ("curvature", "damping", "growth", "rise") if k in given and given[k] != fixed.get(k)
+        ]:
             raise ValueError(f"{' and '.join(useless)} would have no effect with procedure {procedure}: remove the key")
         return fixed | given
 

@@ -72,11 +72,11 @@ def tune(
     queries = [query for query in layout.config.queries() if layout.config.origin(query) == POOL]
     if not queries:
         raise UserError("Tuning needs queries of the tuning pool: add them under synthesize.queries.")
-    trials = {value: _with(layout, method, option, _parsed(value)) for value in values}
+    trials = {value: trial(layout, method, option, value) for value in values}
     if leave_out:
         rows = []
-        for value, trial in trials.items():
-            scores = _scores(trial, method, queries, device)
+        for value, tried in trials.items():
+            scores = _scores(tried, method, queries, device)
             rises, removed = rise_without(layout, queries, scores, leave_out, device)
             rows += [(value, query, rises[query], removed) for query in queries]
         return pd.DataFrame(rows, columns=["value", "query", "delta_loss", "removed"])
@@ -89,8 +89,8 @@ def tune(
     if not len(halves.kept):
         raise UserError("No model of a random half has been trained yet: run the experiment's retrainings first.")
     rows = []
-    for value, trial in trials.items():
-        scores = _scores(trial, method, queries, device)
+    for value, tried in trials.items():
+        scores = _scores(tried, method, queries, device)
         found = correlations(halves, {method: scores}, 0, layout.config.seed)[method]
         rows += [(value, query, found[query][0], len(halves.kept)) for query in queries]
     return pd.DataFrame(rows, columns=["value", "query", "lds", "halves"])
@@ -103,8 +103,8 @@ def best(table: pd.DataFrame) -> str:
 
 
 def judged_by(table: pd.DataFrame) -> str:
-    """The column of :func:`tune`'s table that values are chosen by, the higher the better."""
-    return "lds" if "lds" in table else "delta_loss"
+    """The column of a table of trials that values are chosen by, the higher the better."""
+    return next(name for name in ("lds", "delta_loss", "ap") if name in table)
 
 
 def rise_without(
@@ -155,24 +155,29 @@ def _parsed(value: str) -> object:
         raise UserError(f"--values: '{value}' is no value; separate them by commas.") from None
 
 
-def _with(layout: Layout, method: str, option: str, value: object) -> Layout:
-    """The experiment with another value; an unlearning variant with it has a name of its own."""
+def trial(layout: Layout, method: str, option: str, value: str) -> Layout:
+    """The experiment with another value, as YAML; an unlearning variant with it has a name of its own.
+
+    Raises:
+        UserError: there is no such method, or the option cannot have the value.
+    """
+    given = _parsed(value)
     plain = layout.config.model_dump(mode="json", exclude_unset=True)
     entry = plain["score"]["methods"].get(method)
     if entry is None:
         raise UserError(f"score.methods has no '{method}' (it has {', '.join(plain['score']['methods'])}).")
     if (entry.get("attributor") or method) != "unlearning" or option == "score":
-        entry[option] = value
+        entry[option] = given
     else:
-        variant = plain["unlearn"][entry.get("variant") or method] | {option: value}
-        entry["variant"] = f"tune-{fingerprint([variant, _beneath(layout)])[:12]}"
+        variant = plain["unlearn"][entry.get("variant") or method] | {option: given}
+        entry["variant"] = f"tune-{fingerprint([variant, underlying(layout)])[:12]}"
         plain["unlearn"][entry["variant"]] = variant
     config: Config = parse_config(plain, f"{method}.{option} = {value}")
     check_methods(config)
     return replace(layout, config=config)
 
 
-def _beneath(layout: Layout) -> dict:
+def underlying(layout: Layout) -> dict:
     """What unlearned weights and their scans hang on beside the variant."""
     given = given_fits(layout.config.fit.given)
     inputs = {"weights": layout.weights, "encoded": layout.encode_manifest} | given

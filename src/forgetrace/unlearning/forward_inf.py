@@ -12,7 +12,7 @@ by |ΔL|; here the score is the signed difference, as for every variant.
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from forgetrace.unlearning.step import Query, Weights, ascend
+from forgetrace.unlearning.step import Course, Query, Weights, ascend
 
 
 def unlearn_by_adam(
@@ -21,8 +21,7 @@ def unlearn_by_adam(
     query: Query,
     names: list[str],
     rate: float,
-    steps: int,
-    draws: int,
+    course: Course,
     seed: int,
 ) -> Weights:
     """Take Adam's steps up the query's loss, in place.
@@ -33,8 +32,7 @@ def unlearn_by_adam(
         query: the image to forget.
         names: weights that may change.
         rate: α, the learning rate.
-        steps: number of steps.
-        draws: draws of (t, ε) per gradient; every step draws afresh.
+        course: the steps.
         seed: the experiment's seed.
 
     Returns:
@@ -43,10 +41,10 @@ def unlearn_by_adam(
     weights = dict(unet.named_parameters())
     adam = torch.optim.Adam([weights[name] for name in names], lr=rate, maximize=True)
 
-    def step(gradient: Weights) -> None:
+    def step(gradient: Weights, number: int) -> None:
         for name, value in gradient.items():
             weights[name].grad = value
         adam.step()
         adam.zero_grad()
 
-    return ascend(unet, scheduler, query, names, steps, draws, seed, step)
+    return ascend(unet, scheduler, query, names, course, seed, step)

@@ -5,9 +5,11 @@ The objective ``−L(ẑ, ĉ; θ) + (N/2)(θ − θ0)ᵀ F (θ − θ0)`` has th
     θ ← θ + (α / N) (F + λ)⁻¹ ∇L(ẑ, ĉ; θ),
 
 repeated ``steps`` times with a fresh gradient. Without curvature it is plain gradient ascent,
-``θ ← θ + α ∇L``.
+``θ ← θ + α ∇L``. Not in the paper: steps may grow, and end as soon as the query's loss has risen by a set factor, since
+one α takes some queries nowhere and others beyond all bounds.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +22,26 @@ from forgetrace.diffusion.loss import batched_losses, draw_losses
 from forgetrace.diffusion.noise import monte_carlo
 
 BATCH = 128
+LOOK_EVERY, LOOK_DRAWS = 2, 32  # steps between looks at the query's loss, where its rise ends them; draws of a look
 Weights = dict[str, torch.Tensor]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How many steps there are, and of what.
+
+    Attributes:
+        steps: number of steps, at most.
+        draws: draws of (t, ε) per gradient; every step draws afresh.
+        growth: every step is so many times as long as the one before.
+        rise: the steps end when the query's loss is so many times what it was; None: after all.
+    """
+
+    steps: int
+    draws: int
+    growth: float = 1.0
+    rise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +121,7 @@ def unlearn(
     curvature: Curvature,
     names: list[str],
     scale: float,
-    steps: int,
-    draws: int,
+    course: Course,
     seed: int,
 ) -> Weights:
     """Take the Newton steps, in place.
@@ -112,9 +132,8 @@ def unlearn(
         query: the image to forget.
         curvature: preconditions each gradient.
         names: weights that may change.
-        scale: what the preconditioned gradient is multiplied by: α/N, or α without curvature.
-        steps: number of steps.
-        draws: draws of (t, ε) per gradient; every step draws afresh.
+        scale: what the first preconditioned gradient is multiplied by: α/N, or α without curvature.
+        course: the steps.
         seed: the experiment's seed.
 
     Returns:
@@ -124,10 +143,10 @@ def unlearn(
         UserError: a weight became NaN or infinite.
     """
 
-    def step(gradient: Weights) -> None:
-        move(unet, curvature.precondition(gradient), scale, query.name)
+    def step(gradient: Weights, number: int) -> None:
+        move(unet, curvature.precondition(gradient), scale * course.growth**number, query.name)
 
-    return ascend(unet, scheduler, query, names, steps, draws, seed, step)
+    return ascend(unet, scheduler, query, names, course, seed, step)
 
 
 def ascend(
@@ -135,18 +154,36 @@ def ascend(
     scheduler: DDPMScheduler,
     query: Query,
     names: list[str],
-    steps: int,
-    draws: int,
+    course: Course,
     seed: int,
-    step: Callable[[Weights], None],
+    step: Callable[[Weights, int], None],
 ) -> Weights:
     """Let ``step`` change the model by the gradient of the query's loss, time and again; the rest as :func:`unlearn`.
+
+    Warns where the steps end before the loss has risen as far as it should.
 
     Returns:
         The changed weights.
     """
-    for i in range(steps):
-        step(query_gradient(unet, scheduler, query, names, range(i * draws, (i + 1) * draws), seed))
+
+    def loss() -> float:
+        return query_loss(unet, scheduler, query, seed, LOOK_DRAWS)
+
+    enough = course.rise and course.rise * loss()
+    for i in range(course.steps):
+        numbers = range(i * course.draws, (i + 1) * course.draws)
+        step(query_gradient(unet, scheduler, query, names, numbers, seed), i)
+        if enough and (i + 1) % LOOK_EVERY == 0 and loss() >= enough:
+            break
+    else:
+        if enough:
+            log.warning(
+                "Unlearning %s: %d steps did not raise its loss %g times; raise the variant's steps, growth or "
+                "step_size.",
+                query.name,
+                course.steps,
+                course.rise,
+            )
     return current(unet, names)
 
 

@@ -83,6 +83,11 @@ def sweep(
         raise UserError(
             f"--variant {variant}: how far mucs goes is set by its bound and not by its step size, leave step_size out."
         )
+    if layout.config.unlearn[variant].rise:
+        raise UserError(
+            f"--variant {variant}: how far it goes is set by its rise and not by its step size; "
+            "`forgetrace tune --option rise` chooses one, or leave rise out."
+        )
     trials = _Trials(layout.config.unlearn[variant], subjects, pick_device(device))
     chosen = largest_within(trials.rise, share, layout.config.unlearn[variant].step_size)
     return chosen, pd.DataFrame(trials.rows)

@@ -19,7 +19,7 @@ from forgetrace.layout import Layout
 from forgetrace.unlearning.forward_inf import unlearn_by_adam
 from forgetrace.unlearning.mucs import unlearn_mirrored, untrained_loss
 from forgetrace.unlearning.sample import others_loss
-from forgetrace.unlearning.step import Query, Weights, query_loss, unlearn
+from forgetrace.unlearning.step import Course, Query, Weights, query_loss, unlearn
 
 
 def unlearn_query(layout: Layout, variant: str, query: str, device: str = "auto") -> None:
@@ -81,13 +81,14 @@ def carry_out(
         UserError: a Newton step made a weight NaN or infinite.
     """
     names = select([name for name, _ in unet.named_parameters()], settings.weights)
-    often = settings.steps, settings.draws, config.seed
+    course = Course(settings.steps, settings.draws, settings.growth, settings.rise)
     if settings.procedure == "adam":
-        return unlearn_by_adam(unet, scheduler, query, names, settings.step_size, *often)
+        return unlearn_by_adam(unet, scheduler, query, names, settings.step_size, course, config.seed)
     if settings.procedure == "mucs":
         null = untrained_loss(config.train, scheduler, query, config.seed, unet.device)
+        often = course.steps, course.draws, config.seed
         return unlearn_mirrored(unet, scheduler, query, encoded, null, names, settings.step_size, *often)
-    return unlearn(unet, scheduler, query, curvature, names, step_scale(settings, len(encoded)), *often)
+    return unlearn(unet, scheduler, query, curvature, names, step_scale(settings, len(encoded)), course, config.seed)
 
 
 def step_scale(settings: Variant, images: int) -> float:
