@@ -482,6 +482,19 @@ def evaluate_abc(
     typer.echo(summarised(values).to_string(index=False, float_format="%.4f"))
 
 
+@app.command("import-abc")
+def import_abc(
+    tasks: Annotated[Path, typer.Argument(help="AbU's list of customised models and their images, all_tasks.json.")],
+    root: Annotated[Path, typer.Option(help="Folder of AbC's data: json/, exemplar/, synth/, models/.")],
+    to: Annotated[Path, typer.Option(help="Folder for the list, weights and tokens; images stay where they are.")],
+) -> None:
+    """Convert published customised models to a list for customize.given; run again, it goes on where it was."""
+    from forgetrace.release.abc_models import import_models
+
+    count = import_models(tasks, root, to)
+    typer.echo(f"{count} customised models.\nNext: customize: {{given: {to / 'concepts.json'}}} in a config.")
+
+
 @app.command()
 def tidy(
     config: ConfigPath,

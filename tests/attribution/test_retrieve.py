@@ -203,5 +203,5 @@ def test_a_step_size_is_tried_on_images_of_validation_models(tiny, monkeypatch):
 
 def test_more_images_than_validation_models_make_is_an_error(tiny, monkeypatch):
     layout = customised_layout(monkeypatch, score={"methods": METHODS})
-    with pytest.raises(UserError, match=r"^--queries 99: validation models make \d+ images; raise customize\.objects"):
+    with pytest.raises(UserError, match=r"^--queries 99: validation models make \d+ images; lower it"):
         validation_subjects(layout, 99)

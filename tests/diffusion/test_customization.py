@@ -1,11 +1,23 @@
+import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from forgetrace.artifacts import UserError, read_arrays, read_image, read_json, read_tensors, sha256_of
+from forgetrace.artifacts import (
+    UserError,
+    read_arrays,
+    read_image,
+    read_json,
+    read_tensors,
+    sha256_of,
+    write_image,
+    write_tensors,
+)
+from forgetrace.attribution.candidates import candidates
 from forgetrace.config import Customize
 from forgetrace.datasets.concepts import names, query_names
 from forgetrace.diffusion import customization
@@ -129,3 +141,83 @@ def test_a_training_that_diverges_says_so(layout, monkeypatch):
     own = customised_layout(monkeypatch, customize={"learning_rate": 1e30})
     with pytest.raises(UserError, match=r"diverged at step .: lower customize.learning_rate"):
         customize(own, names(own.config.customize, 5)["test"][0], "cpu")
+
+
+def listed(folder: Path, **keys) -> str:
+    """A list with one concept, whose exemplar is a picture of 20x24 pixels."""
+    folder.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(2).integers(0, 256, size=(20, 24, 3), dtype=np.uint8)
+    write_image(folder / "mine.png", pixels)
+    entry = {
+        "name": "mine",
+        "kind": "object",
+        "exemplars": [{"image": "mine.png", "prompt": "my V*"}],
+        "queries": [{"manner": "template", "prompt": "a red V*"}, {"prompt": "look, V*"}],
+    }
+    (folder / "concepts.json").write_text(json.dumps([entry | keys]))
+    return (folder / "concepts.json").as_posix()
+
+
+def given(monkeypatch, path: str):
+    layout = customised_layout(monkeypatch)
+    plain = {key: value for key, value in CUSTOMIZE.items() if key not in ("objects", "styles", "exemplars", "prompts")}
+    config = layout.config.model_copy(update={"customize": Customize(**plain, given=path)})
+    return replace(layout, config=config)
+
+
+def test_a_concept_of_ones_own_is_learned_from_its_image(tiny, monkeypatch, tmp_path):
+    layout = given(monkeypatch, listed(tmp_path / "own"))
+    customize(layout, "object-mine", "cpu")
+    record = read_json(layout.customized("object-mine")["record"])
+    assert (record["part"], record["kind"], record["exemplars"]) == ("test", "object", ["my V*"])
+    assert [q["manner"] for q in record["queries"]] == ["template", "free"]
+    assert read_image(layout.customized_image("object-mine", "exemplar-00")).shape == (16, 16, 3)
+    assert record["loss"]["last"] > 0
+    assert set(record["made_by"]["inputs"]) == {"weights", "given-0"}
+
+
+def test_a_finished_model_is_taken_with_its_images(tiny, monkeypatch, tmp_path):
+    trained = given(monkeypatch, listed(tmp_path / "own"))
+    customize(trained, "object-mine", "cpu")
+    files, images = trained.customized("object-mine"), ["object-mine-00", "object-mine-01"]
+    before = {role: Path(path).read_bytes() for role, path in files.items()}
+    expected = [read_image(trained.customized_image("object-mine", name)) for name in images]
+    own = tmp_path / "finished"
+    queries = [{"prompt": "a red V*", "image": "0.png"}, {"prompt": "look, V*", "image": "1.png"}]
+    path = listed(own, weights="w.safetensors", token="t.safetensors", queries=queries)
+    for i, pixels in enumerate(expected):
+        write_image(own / f"{i}.png", pixels)
+    for role, name in (("weights", "w"), ("token", "t")):
+        (own / f"{name}.safetensors").write_bytes(before[role])
+    latents, prompts = (read_arrays(files["queries"])[key] for key in ("latents", "prompts"))
+    monkeypatch.setattr(customization, "train", None)
+    layout = given(monkeypatch, path)
+    customize(layout, "object-mine", "cpu")
+    for role in ("weights", "token"):
+        now, then = read_tensors(files[role]), read_tensors(own / f"{role[0]}.safetensors")
+        assert all(torch.equal(now[name], then[name]) for name in then)
+        assert now.keys() == then.keys()
+    taken = read_arrays(files["queries"])
+    assert taken.keys() == {"latents", "prompts"}
+    np.testing.assert_allclose(taken["prompts"], prompts, atol=1e-6)
+    assert np.abs(taken["latents"] - latents).mean() < 0.01  # pixels are rounded
+    assert "loss" not in read_json(files["record"])
+    own_experiment = candidates(layout, "object-mine", ["pixel"])
+    assert read_arrays(own_experiment.query("object-mine-01")["tensors"]).keys() == {"latent", "prompt"}
+
+
+@pytest.mark.parametrize("lacks", ["weights", "token"])
+def test_a_finished_model_of_another_base_is_refused(tiny, monkeypatch, tmp_path, lacks):
+    own = tmp_path / "finished"
+    path = listed(own, weights="w.safetensors", token="t.safetensors")
+    layout = given(monkeypatch, path)
+    weights = {name: value for name, value in read_tensors(layout.weights).items() if ".attn2.to_k." in name}
+    weights |= {name.replace("to_k", "to_v"): value for name, value in weights.items()}
+    if lacks == "weights":
+        weights.pop(next(iter(weights)))
+    write_tensors(own / "w.safetensors", weights, {})
+    write_tensors(own / "t.safetensors", {"token": torch.zeros(15)}, {})
+    message = {"weights": "1 are missing and 0 do not fit", "token": "is of another text encoder"}[lacks]
+    with pytest.raises(UserError, match=message):
+        customize(layout, "object-mine", "cpu")
+    assert not Path(layout.customized("object-mine")["record"]).exists()

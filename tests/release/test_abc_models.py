@@ -4,12 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from forgetrace.artifacts import UserError
-from forgetrace.release.abc_models import read_customised, read_tasks, read_token
+from forgetrace.artifacts import UserError, read_tensors
+from forgetrace.config import read_concepts
+from forgetrace.diffusion.customization import check_weights
+from forgetrace.release.abc_models import import_models, read_customised, read_tasks, read_token
 
 from . import abc_files as made
 
-SHAPES = {name: weight.shape for name, weight in made.unet().state_dict().items()}
+SHAPES = {name: weight.shape for name, weight in made.keys_and_values().items()}
 
 
 @pytest.fixture
@@ -32,10 +34,10 @@ def test_tasks_name_files_as_they_lie_here(tasks):
 
 def test_the_weights_and_the_token_are_the_published_ones(tasks):
     folder = read_tasks(tasks, tasks.parent)[1].model
-    weights, expected = read_customised(folder, SHAPES), made.keys_and_values()
+    weights, expected = read_customised(folder), made.keys_and_values()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
-    assert torch.equal(read_token(folder, made.EMBEDDING), torch.arange(made.EMBEDDING) + 1.0)
+    assert torch.equal(read_token(folder), torch.arange(made.EMBEDDING) + 1.0)
 
 
 def test_names_of_diffusers_processors_are_the_same_weights(tasks):
@@ -46,7 +48,7 @@ def test_names_of_diffusers_processors_are_the_same_weights(tasks):
     }
     assert all(name.endswith(".attn2.processor.to_k_custom_diffusion.weight") for name in processors if "to_k" in name)
     torch.save(processors, folder / "pytorch_custom_diffusion_weights.pt")
-    weights = read_customised(folder, SHAPES)
+    weights = read_customised(folder)
     assert all(torch.equal(weights[name], value) for name, value in made.keys_and_values().items())
 
 
@@ -63,17 +65,34 @@ def test_no_weight_is_passed_over(tasks, change, message):
     change(weights)
     torch.save(weights, folder / "pytorch_custom_diffusion_weights.pt")
     with pytest.raises(UserError, match=message):
-        read_customised(folder, SHAPES)
+        check_weights("file", read_customised(folder), SHAPES)
 
 
 @pytest.mark.parametrize(
-    "content", [{"<new2>": torch.zeros(5)}, {"<new1>": torch.zeros(4)}, {"<new1>": torch.zeros(1, 5)}]
+    "content",
+    [{"<new2>": torch.zeros(5)}, {"<new1>": torch.zeros(5), "a": torch.zeros(5)}, {"<new1>": torch.zeros(1, 5)}],
 )
 def test_another_token_is_refused(tasks, content):
     folder = tasks.parent / "models/art/m0"
     torch.save(content, folder / "<new1>.bin")
-    with pytest.raises(UserError, match="of another text encoder"):
-        read_token(folder, made.EMBEDDING)
+    with pytest.raises(UserError, match="expected <new1> alone"):
+        read_token(folder)
+
+
+def test_imported_models_are_a_list_of_concepts(tasks, tmp_path, monkeypatch):
+    folder = tmp_path / "imported"
+    assert import_models(tasks, tasks.parent, folder) == 2
+    concepts = read_concepts((folder / "concepts.json").as_posix())
+    assert [(c.model, len(c.exemplars)) for c in concepts.values()] == [("object-art-m0", 1), ("style-art-m1", 3)]
+    style = concepts["style-art-m1"]
+    assert [(q.manner, q.prompt) for q in style.queries] == [("free", "A school of V* fish")]
+    assert style.exemplars[0].prompt == "V* fish"
+    assert all((folder / file).is_file() for concept in concepts.values() for file in concept.files)
+    assert read_tensors(folder / style.weights).keys() == made.keys_and_values().keys()
+    assert torch.equal(read_tensors(folder / style.token)["token"], torch.arange(made.EMBEDDING) + 1.0)
+    # What is there is not converted again.
+    monkeypatch.setattr("forgetrace.release.abc_models.write_tensors", None)
+    assert import_models(tasks, tasks.parent, folder) == 2
 
 
 def test_missing_files_are_counted_at_once(tasks):

@@ -202,6 +202,11 @@ CONCEPTS = (
 MODELS = [model for part in CONCEPTS.values() for model in part]
 
 
+def given_for(model):
+    """Files of one's own that a customised model is made from."""
+    return concepts.given_files(layout.config.customize, model)
+
+
 def ranking_inputs():
     """What the methods need of the base set once: its curvatures and features, which all customised models share."""
     methods = layout.config.score.methods.values()

@@ -5,6 +5,7 @@ rule customize:
     input:
         MODEL,
         ENCODED,
+        lambda wildcards: given_for(wildcards.model),
     output:
         list(layout.customized("{model}").values()),
     log:
@@ -29,12 +30,7 @@ rule customize:
             "seed",
             ("synthesize", "sampler_steps"),
             ("synthesize", "guidance"),
-            recipe=layout.config.customize.model_dump(
-                mode="json", exclude={"objects", "styles", "prompts"}
-            ),
-            prompts=layout.config.customize.prompts[
-                wildcards.model.partition("-")[0]
-            ].model_dump(),
+            **concepts.shaping(layout.config.customize, wildcards.model),
         ),
     shell:
         "forgetrace customize --config {params.config:q} --model {wildcards.model:q}"

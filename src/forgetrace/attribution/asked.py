@@ -10,7 +10,7 @@ def customised_files(layout: Layout) -> set[str]:
     parts, files = concepts.names(settings, layout.config.seed), set(layout.learned.values())
     for model in [name for own in parts.values() for name in own]:
         queries = concepts.query_names(settings, model)
-        shown = settings.exemplars if model.startswith("style") else 1
+        shown = concepts.exemplar_count(settings, model)
         images = [*queries, *(f"exemplar-{i:02d}" for i in range(shown))]
         files |= {*layout.customized(model).values(), *(layout.customized_image(model, image) for image in images)}
         if model in parts["test"]:

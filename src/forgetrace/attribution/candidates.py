@@ -112,8 +112,10 @@ def candidates(layout: Layout, model: str, methods: list[str]) -> Candidates:
         if query not in own.config.queries():
             continue
         own_files = own.query(query)
-        tensors = {"latent": arrays["latents"][i], "initial_noise": arrays["initial_noise"][i]}
-        write_arrays(own_files["tensors"], tensors | {"prompt": arrays["prompts"][i]}, {})
+        tensors = {"latent": arrays["latents"][i], "prompt": arrays["prompts"][i]}
+        if "initial_noise" in arrays:  # unknown of images that were given
+            tensors["initial_noise"] = arrays["initial_noise"][i]
+        write_arrays(own_files["tensors"], tensors, {})
         write_image(own_files["image"], read_image(layout.customized_image(model, query)))
         write_json(own_files["record"], record["queries"][i])
     for features in all_features(own).values():
@@ -142,8 +144,7 @@ def validation_images(layout: Layout, count: int) -> list[tuple[str, str]]:
     ]
     if count > len(images):
         raise UserError(
-            f"--queries {count}: validation models make {len(images)} images; raise customize.objects.validation "
-            "or customize.styles.validation."
+            f"--queries {count}: validation models make {len(images)} images; lower it, or have more of these models."
         )
     step = max(1, len(models) // count)  # fewer images than models: of all kinds
     return images[: count * step : step]

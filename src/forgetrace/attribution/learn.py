@@ -10,7 +10,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from forgetrace.artifacts import provenance, read_image, read_json, read_table, write_json, write_table, write_tensors
+from forgetrace.artifacts import (
+    UserError,
+    provenance,
+    read_image,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+    write_tensors,
+)
 from forgetrace.attribution.calibration import Calibration, calibrate
 from forgetrace.attribution.candidates import exemplar_ids
 from forgetrace.attribution.heads import Heads, learning
@@ -56,6 +65,9 @@ def learn(layout: Layout, device: str = "auto") -> None:
         part: [name for name in own if part == "test" or name.partition("-")[0] in settings.kinds]
         for part, own in parts.items()
     }
+    for part in ("train", "validation"):  # of concepts of one's own the config does not tell
+        if len(used[part]) < 2:
+            raise UserError(f"learn: needs two {part} models at least, of the kinds {settings.kinds}.")
     models = {part: [read_model(layout, name, encoder) for name in own] for part, own in used.items()}
     ids = read_table(layout.index)["image_id"].tolist()
     base = torch.from_numpy(np.array(EncodedImages(layout, settings.encoder).kept()))

@@ -23,6 +23,7 @@ from forgetrace.config.base import (
     Share,
     Subset,
 )
+from forgetrace.config.concepts import GivenConcept, read_concepts
 from forgetrace.config.customized import Costly, Counts, Customize, Learn, PromptSet, Retrieve
 from forgetrace.config.data import Encode, Prepare
 from forgetrace.config.experiment import Config, load_config, parse_config, quoted
@@ -55,6 +56,7 @@ __all__ = [
     "Evaluate",
     "Figures",
     "Fit",
+    "GivenConcept",
     "GivenQueries",
     "ImageQuery",
     "Learn",
@@ -79,4 +81,5 @@ __all__ = [
     "load_config",
     "parse_config",
     "quoted",
+    "read_concepts",
 ]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from forgetrace.config.base import MANNERS, NEW_TOKEN, Positive, Section, Subset
+from forgetrace.config.base import MANNERS, NEW_TOKEN, Positive, Section, Subset, unused
 
 
 class Counts(Section):
@@ -44,7 +44,14 @@ class Customize(Section):
 
     objects: Counts = Counts()
     styles: Counts = Counts()
-    prompts: dict[Literal["object", "style"], PromptSet] = Field(description="Prompts by kind of concept.")
+    prompts: dict[Literal["object", "style"], PromptSet] = Field({}, description="Prompts by kind of concept.")
+    given: str | None = Field(
+        None,
+        min_length=1,
+        description="List of concepts of one's own instead of objects, styles and prompts, a JSON file "
+        "(docs/customized.md); of models that are there too.",
+        exclude_if=unused,
+    )
     exemplars: Positive = Field(8, le=10, description="Exemplars of a style; an object has one.")
     weights: Subset = Field(
         "cross-attn-kv",
@@ -62,6 +69,10 @@ class Customize(Section):
 
     @model_validator(mode="after")
     def _prompts_of_all(self):
+        if self.given:
+            if useless := sorted({"objects", "styles", "prompts", "exemplars"} & self.model_fields_set):
+                raise ValueError(f"{useless[0]} has no effect with given: remove it")
+            return self
         for kind, counts in (("object", self.objects), ("style", self.styles)):
             if any(counts.model_dump().values()) and kind not in self.prompts:
                 raise ValueError(f"prompts lacks those of the kind {kind}, of which there are models")

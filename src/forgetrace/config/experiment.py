@@ -48,7 +48,7 @@ class Config(Section):
         if self.learn:
             if LEARNED in self.score.methods:
                 raise ValueError(f"score.methods.{LEARNED}: the name belongs to the section learn; choose another")
-            for part in ("train", "validation"):
+            for part in () if self.customize.given else ("train", "validation"):
                 counts = sum(getattr(getattr(self.customize, f"{kind}s"), part) for kind in self.learn.kinds)
                 if counts < 2:
                     raise ValueError(f"learn: needs two {part} models at least, of the kinds {self.learn.kinds}")

@@ -3,7 +3,8 @@
 An *object* is one glyph that is no digit (a letter, a chess piece, a symbol) in one ink on one background of the base
 set: a single exemplar. A *style* is a way to paint (checkered ink, outlines, gradients …), shown by several digits of a
 typeface. Glyphs come from the fonts that matplotlib ships, reduced from large print by area averages. Everything is a
-pure function of those files and of the seed.
+pure function of those files and of the seed. Instead of these a config may name a list of concepts of one's own
+(:mod:`forgetrace.config.concepts`).
 """
 
 from collections.abc import Callable
@@ -15,8 +16,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from forgetrace.artifacts import UserError
-from forgetrace.config import Customize
+from forgetrace.config import Customize, GivenConcept, read_concepts
 from forgetrace.datasets.digits import BACKGROUNDS, DIGITS, INKS, paint
+from forgetrace.datasets.images import read_square
 from forgetrace.randomness import generator
 
 Kind = Literal["object", "style"]
@@ -60,11 +62,17 @@ class Concept:
         name: of the glyph or style, behind its kind: ``object-king``.
         kind: object or style.
         exemplars: one, or several.
+        weights: file of the changed weights of a model that is there; None: it is to be trained.
+        token: file of the embedding of its new token.
+        queries: its images, each (size, size, 3), uint8; None: it is to generate them.
     """
 
     name: str
     kind: Kind
     exemplars: list[Exemplar]
+    weights: str | None = None
+    token: str | None = None
+    queries: list[np.ndarray] | None = None
 
 
 def names(settings: Customize, seed: int) -> dict[str, list[str]]:
@@ -78,6 +86,10 @@ def names(settings: Customize, seed: int) -> dict[str, list[str]]:
         UserError: there are not so many.
     """
     parts: dict[str, list[str]] = {"test": [], "validation": [], "train": []}
+    if settings.given:
+        for model, given in read_concepts(settings.given).items():
+            parts[given.part].append(model)
+        return parts
     for kind, known, counts in (("object", GLYPHS, settings.objects), ("style", STYLES, settings.styles)):
         asked = counts.model_dump()
         if (total := sum(asked.values())) > len(known):
@@ -94,18 +106,55 @@ def check_concepts(settings: Customize, seed: int, shape: list[int]) -> None:
     """Check before anything runs that all concepts can be drawn and captioned.
 
     Raises:
-        UserError: there are not so many, a caption has a place that cannot be filled, or images are no squares.
+        UserError: there are not so many, a caption has a place that cannot be filled, files are missing, or images are
+            no squares.
     """
     parts = names(settings, seed)
+    files = [file for part in parts.values() for model in part for file in given_files(settings, model)]
+    if missing := [file for file in files if not Path(file).exists()]:
+        raise UserError(
+            f"{settings.given} names {len(missing)} files that are not there, such as {missing[0]}: paths in it are "
+            "relative to its own folder."
+        )
     if shape[0] != shape[1]:
         raise UserError(f"customize: concepts are drawn as squares, the images here are {shape[0]}x{shape[1]}.")
     for name in {name.partition("-")[0]: name for part in parts.values() for name in part}.values():
         concept(name, settings, seed, shape[0])
 
 
+def queries(settings: Customize, model: str) -> list[tuple[str, str]]:
+    """Manner and prompt of every image that a customised model generates."""
+    if settings.given:
+        return [(query.manner, query.prompt) for query in read_concepts(settings.given)[model].queries]
+    return settings.prompts[model.partition("-")[0]].queries()
+
+
 def query_names(settings: Customize, model: str) -> list[str]:
     """Names of the images that the model customised on a concept generates."""
-    return [f"{model}-{i:02d}" for i in range(len(settings.prompts[model.partition("-")[0]].queries()))]
+    return [f"{model}-{i:02d}" for i in range(len(queries(settings, model)))]
+
+
+def exemplar_count(settings: Customize, model: str) -> int:
+    """How many exemplars a model has."""
+    if settings.given:
+        return len(read_concepts(settings.given)[model].exemplars)
+    return settings.exemplars if model.startswith("style") else 1
+
+
+def given_files(settings: Customize, model: str) -> list[str]:
+    """The files of one's own that a model is made from; none of a concept that is drawn here."""
+    if not settings.given:
+        return []
+    folder = Path(settings.given).parent
+    return [(folder / file).as_posix() for file in read_concepts(settings.given)[model].files]
+
+
+def shaping(settings: Customize, model: str) -> dict:
+    """What of the config a customised model hangs on: not how many models there are, nor others' prompts."""
+    recipe = settings.model_dump(mode="json", exclude={"objects", "styles", "prompts", "given"})
+    if settings.given:
+        return {"recipe": recipe, "concept": read_concepts(settings.given)[model].model_dump(mode="json")}
+    return {"recipe": recipe, "prompts": settings.prompts[model.partition("-")[0]].model_dump(mode="json")}
 
 
 def concept(name: str, settings: Customize, seed: int, size: int) -> Concept:
@@ -117,6 +166,8 @@ def concept(name: str, settings: Customize, seed: int, size: int) -> Concept:
         seed: the experiment's; draws ink, background and digits.
         size: side of the images in pixels.
     """
+    if settings.given:
+        return _given(settings.given, read_concepts(settings.given)[name], size)
     kind, _, own = name.partition("-")
     random = generator(seed, "concept", name)
     caption = settings.prompts[kind].exemplar
@@ -130,6 +181,17 @@ def concept(name: str, settings: Customize, seed: int, size: int) -> Concept:
         kind,
         [Exemplar(STYLES[own](glyph(str(d), SANS, size)), _filled(caption, digit=DIGITS[d])) for d in digits],
     )
+
+
+def _given(path: str, listed: GivenConcept, size: int) -> Concept:
+    """A concept of one's own; its files lie beside the list or where that says."""
+
+    def file(name: str | None) -> str | None:
+        return name and (Path(path).parent / name).as_posix()
+
+    exemplars = [Exemplar(read_square(file(entry.image), size), entry.prompt) for entry in listed.exemplars]
+    shown = [read_square(file(query.image), size) for query in listed.queries if query.image]
+    return Concept(listed.model, listed.kind, exemplars, file(listed.weights), file(listed.token), shown or None)
 
 
 def _filled(template: str, **values: str) -> str:

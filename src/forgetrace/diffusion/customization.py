@@ -7,17 +7,29 @@ stays θ0's. Each step minimises
 
 the prior set being training images with their own captions, whose token states are the frozen ones. Captions are never
 dropped. A training takes seconds to minutes and keeps no checkpoints: a killed one is run again and ends the same.
+
+A model that is there already, by whatever program, is taken as it is (``customize.given``), with its images or without.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from forgetrace.artifacts import UserError, provenance, read_json, write_arrays, write_image, write_json, write_tensors
+from forgetrace.artifacts import (
+    UserError,
+    provenance,
+    read_json,
+    read_tensors,
+    write_arrays,
+    write_image,
+    write_json,
+    write_tensors,
+)
 from forgetrace.config import Customize
-from forgetrace.datasets.concepts import Concept, concept, names, query_names
+from forgetrace.datasets.concepts import Concept, concept, given_files, names, queries, query_names
 from forgetrace.diffusion.device import make_deterministic, pick_device
 from forgetrace.diffusion.loss import draw_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
@@ -47,10 +59,11 @@ class Exemplars:
 
 
 def customize(layout: Layout, model: str, device: str = "auto") -> None:
-    """Train one customised model and generate its images; writes every file of ``layout.customized(model)``.
+    """Train or take one customised model and its images; writes every file of ``layout.customized(model)``.
 
     Raises:
-        UserError: a prompt is too long, the rare token is none, or the loss is not finite.
+        UserError: a prompt is too long, the rare token is none, the loss is not finite, or what is given is missing
+            or does not fit.
     """
     config, files, settings = layout.config, layout.customized(model), layout.config.customize
     manifest, target = read_json(layout.encode_manifest), pick_device(device)
@@ -60,39 +73,93 @@ def customize(layout: Layout, model: str, device: str = "auto") -> None:
     tokens = manifest["caption_shape"][0]
     token = NewToken(text_encoder(config.encode, tokens, target), settings.rare_token, tokens)
     exemplars = _exemplars(layout, learned, target)
-    queries = settings.prompts[learned.kind].queries()
+    asked = queries(settings, model)
     with torch.no_grad():
-        token.states([*exemplars.prompts, *(prompt for _, prompt in queries)])  # all fit, or nothing is trained
-    prior = prior_rows(settings, encoded, config.seed)
-    losses = train(unet, scheduler, token, exemplars, encoded, prior, settings, config.seed, model)
-    made_by = provenance(config.digest_of("seed", "customize"), {"weights": layout.weights})
+        token.states([*exemplars.prompts, *(prompt for _, prompt in asked)])  # all fit, or nothing is trained
+    loss = {}
+    if learned.weights and learned.token:
+        take(unet, token, learned.weights, learned.token, trained_names(unet, settings))
+    else:
+        prior = prior_rows(settings, encoded, config.seed)
+        losses = train(unet, scheduler, token, exemplars, encoded, prior, settings, config.seed, model)
+        loss = {"loss": {"first": losses[:REPORTED].mean().item(), "last": losses[-REPORTED:].mean().item()}}
+    given = {f"given-{i}": file for i, file in enumerate(given_files(settings, model))}
+    made_by = provenance(config.digest_of("seed", "customize"), {"weights": layout.weights} | given)
     weights = dict(unet.named_parameters())
     write_tensors(files["weights"], {name: weights[name] for name in trained_names(unet, settings)}, made_by)
     write_tensors(files["token"], {"token": token.row}, made_by)
     with torch.no_grad():
         states = token.states(exemplars.prompts).cpu().numpy()
-        prompts = token.states([prompt for _, prompt in queries]).cpu().numpy()
+        prompts = token.states([prompt for _, prompt in asked]).cpu().numpy()
     write_arrays(files["exemplars"], {"latents": exemplars.latents.cpu().numpy(), "states": states}, made_by)
     for i, exemplar in enumerate(learned.exemplars):
         write_image(layout.customized_image(model, f"exemplar-{i:02d}"), exemplar.image)
-    _generate(layout, model, unet, prompts, made_by)
+    _write_queries(layout, learned, unet, prompts, made_by)
     part = next(part for part, models in names(settings, config.seed).items() if model in models)
-    named = zip(query_names(settings, model), queries, strict=True)
+    named = zip(query_names(settings, model), asked, strict=True)
     record = {"model": model, "kind": learned.kind, "part": part, "exemplars": exemplars.prompts}
     record |= {"queries": [{"query": name, "manner": manner, "prompt": prompt} for name, (manner, prompt) in named]}
-    record |= {"loss": {"first": losses[:REPORTED].mean().item(), "last": losses[-REPORTED:].mean().item()}}
-    write_json(files["record"], record | {"made_by": made_by})
+    write_json(files["record"], record | loss | {"made_by": made_by})
 
 
-def _generate(layout: Layout, model: str, unet: UNet2DConditionModel, prompts: np.ndarray, made_by: dict) -> None:
-    """Write a customised model's images of prompts, (n, tokens, width)."""
-    own = query_names(layout.config.customize, model)
-    noise = initial_noise(layout.config.seed, own, read_json(layout.encode_manifest)["latent_shape"])
-    latents = generate(layout, unet, noise, prompts)
-    arrays = {"latents": latents, "initial_noise": noise, "prompts": prompts}
-    write_arrays(layout.customized(model)["queries"], arrays, made_by)
-    for name, image in zip(own, codec_of(layout.config.encode, unet.device).decode(latents), strict=True):
-        write_image(layout.customized_image(model, name), image)
+def take(unet: UNet2DConditionModel, token: NewToken, weights: str, embedding: str, names: list[str]) -> None:
+    """Put the weights and the token of a finished model in place.
+
+    Args:
+        unet: θ0; the customised model afterwards.
+        token: the new token.
+        weights: file with all weights that customising changed, by the names they have in the UNet.
+        embedding: file of the token's embedding, ``token`` (width,).
+        names: the weights that customising may change; no other may be in the file, none may lack.
+
+    Raises:
+        UserError: a file is missing or damaged, or is of another base model or text encoder.
+    """
+    found, own = read_tensors(weights), dict(unet.named_parameters())
+    check_weights(weights, found, {name: own[name].shape for name in names})
+    row = read_tensors(embedding)
+    shapes = {name: tuple(value.shape) for name, value in row.items()}
+    if shapes != {"token": tuple(token.row.shape)}:
+        raise UserError(
+            f"{embedding} holds {shapes}, expected 'token' of width {len(token.row)}: it is of another text encoder."
+        )
+    with torch.no_grad():
+        for name in names:
+            own[name].copy_(found[name])
+        token.row.copy_(row["token"])
+
+
+def check_weights(path: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """Whether a file's weights are those that are asked for, all of them and no others.
+
+    Raises:
+        UserError: weights are missing, superfluous or of another shape; all are counted.
+    """
+    wrong = [name for name, value in found.items() if expected.get(name) != value.shape]
+    missing = sorted(expected.keys() - found.keys())
+    if wrong or missing:
+        raise UserError(
+            f"{path} is of another base model: of {len(expected)} weights {len(missing)} are missing and {len(wrong)} "
+            f"do not fit, such as {[*wrong, *missing][0]}. Name the model it was customised from, and what of it was "
+            "changed (customize.weights)."
+        )
+
+
+def _write_queries(
+    layout: Layout, learned: Concept, unet: UNet2DConditionModel, prompts: np.ndarray, made_by: dict
+) -> None:
+    """Write a customised model's images of prompts, (n, tokens, width): those given, or generated."""
+    own, codec = query_names(layout.config.customize, learned.name), codec_of(layout.config.encode, unet.device)
+    if learned.queries:
+        images = np.stack(learned.queries)
+        arrays = {"latents": codec.encode(images), "prompts": prompts}
+    else:
+        noise = initial_noise(layout.config.seed, own, read_json(layout.encode_manifest)["latent_shape"])
+        arrays = {"latents": generate(layout, unet, noise, prompts), "initial_noise": noise, "prompts": prompts}
+        images = codec.decode(arrays["latents"])
+    write_arrays(layout.customized(learned.name)["queries"], arrays, made_by)
+    for name, image in zip(own, images, strict=True):
+        write_image(layout.customized_image(learned.name, name), image)
 
 
 def trained_names(unet: UNet2DConditionModel, settings: Customize) -> list[str]:
@@ -105,9 +172,9 @@ def prior_rows(settings: Customize, encoded: Encoded, seed: int) -> np.ndarray:
     return np.sort(generator(seed, "prior set").permutation(len(encoded))[: settings.prior_images])
 
 
-def initial_noise(seed: int, queries: list[str], shape: list[int]) -> np.ndarray:
+def initial_noise(seed: int, names: list[str], shape: list[int]) -> np.ndarray:
     """Where sampling starts, a function of each query's own name; (n, C, H, W), float32."""
-    streams = [generator(seed, "customised query", query) for query in queries]
+    streams = [generator(seed, "customised query", query) for query in names]
     return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
 

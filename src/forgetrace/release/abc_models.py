@@ -5,14 +5,15 @@ and values of cross-attention and adds a token. Published code loads whatever na
 every weight must be there and must fit.
 """
 
-from collections.abc import Mapping
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from forgetrace.artifacts import UserError
-from forgetrace.diffusion.subsets import select
+from forgetrace.artifacts import UserError, provenance, write_json, write_tensors
+from forgetrace.config import NEW_TOKEN, read_concepts
 from forgetrace.release.abc import Case, moved, read_cases, read_listing
 from forgetrace.release.model import AGAIN, load_saved
 
@@ -93,49 +94,88 @@ def _task(path: Path, number: int, entry: dict, cases: list[Case], root: Path) -
     )
 
 
-def read_customised(folder: Path, weights: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """The keys and values of cross-attention of a customised model.
+def read_customised(folder: Path) -> dict[str, torch.Tensor]:
+    """The keys and values of cross-attention of a customised model, by the names they have in diffusers' UNet.
+
+    Whether they are all of a base model's is checked when they are put into it
+    (:func:`forgetrace.diffusion.customization.take`).
 
     Args:
         folder: of the model.
-        weights: shapes of the base model's weights by name.
-
-    Returns:
-        Tensors by the names of the base model's weights.
-
-    Raises:
-        UserError: weights are missing, superfluous or of another shape; all are counted.
     """
-    path = folder / WEIGHTS
     # diffusers' attention processors of Custom Diffusion have names of their own for the same matrices.
-    found = {
-        name.replace(".processor.to_", ".to_").replace("_custom_diffusion.", "."): value
-        for name, value in load_saved(path).items()
+    return {
+        name.replace(".processor.to_", ".to_").replace("_custom_diffusion.", "."): value.float()
+        for name, value in load_saved(folder / WEIGHTS).items()
     }
-    expected = {name: tuple(weights[name]) for name in select(weights, "cross-attn-kv")}
-    wrong = {name: value.shape for name, value in found.items() if expected.get(name) != tuple(value.shape)}
-    missing = sorted(expected.keys() - found.keys())
-    if wrong or missing:
-        raise UserError(
-            f"{path} is of another base model: of {len(expected)} keys and values {len(missing)} are missing and "
-            f"{len(wrong)} do not fit, such as {[*wrong, *missing][0]}. Name the model it was customised from."
-        )
-    return found
 
 
-def read_token(folder: Path, width: int) -> torch.Tensor:
+def read_token(folder: Path) -> torch.Tensor:
     """The embedding (width,) of a customised model's new token, float32.
 
     Args:
         folder: of the model.
-        width: of the text encoder's embeddings.
 
     Raises:
-        UserError: there are other tokens, or it is of another text encoder.
+        UserError: there are other tokens, or it is no vector.
     """
     path = folder / f"{TOKEN}.bin"
     content = load_saved(path)
-    found = {name: tuple(value.shape) for name, value in content.items()}
-    if found != {TOKEN: (width,)}:
-        raise UserError(f"{path} holds {found}, expected {TOKEN} of width {width}: it is of another text encoder.")
+    if content.keys() != {TOKEN} or content[TOKEN].ndim != 1:
+        found = {name: tuple(value.shape) for name, value in content.items()}
+        raise UserError(f"{path} holds {found}, expected {TOKEN} alone: {AGAIN}.")
     return content[TOKEN].float()
+
+
+def import_models(path: Path, root: Path, folder: Path) -> int:
+    """Write the customised models and their images as a list for ``customize.given``; run again, it goes on.
+
+    Args:
+        path: AbU's ``all_tasks.json``.
+        root: as :func:`read_tasks`.
+        folder: where to: ``concepts.json`` and, by model, its weights and its token. Images stay where they are.
+
+    Returns:
+        Number of models.
+
+    Raises:
+        UserError: as :func:`read_tasks`, or a model cannot be read.
+    """
+    tasks = read_tasks(path, root)
+    listed = []
+    for model in sorted({task.model for task in tasks}):
+        own = [task for task in tasks if task.model == model]
+        name = "-".join(re.findall(r"[a-z0-9_]+", model.relative_to(root).as_posix().removeprefix("models/").lower()))
+        files = {"weights": f"{name}/weights.safetensors", "token": f"{name}/token.safetensors"}
+        if not (folder / files["token"]).exists():
+            made_by = provenance({}, {"weights": model / WEIGHTS, "token": model / f"{TOKEN}.bin"})
+            write_tensors(folder / files["weights"], read_customised(model), made_by)
+            write_tensors(folder / files["token"], {"token": read_token(model)}, made_by)
+        listed.append(_listed(name, own, folder) | files)
+    write_json(folder / "concepts.json", listed)
+    return len(read_concepts((folder / "concepts.json").as_posix()))
+
+
+def _listed(name: str, tasks: list[Task], folder: Path) -> dict:
+    """An entry of the list: one exemplar makes an object, several a style; GPT's prompts are free sentences."""
+    first = tasks[0]
+    return {
+        "name": name,
+        "kind": "object" if len(first.exemplars) == 1 else "style",
+        "exemplars": [
+            {"image": _relative(image, folder), "prompt": first.training_prompt.replace(TOKEN, NEW_TOKEN)}
+            for image in first.exemplars
+        ],
+        "queries": [
+            {
+                "manner": "free" if "gpt" in task.image.parts else "template",
+                "prompt": task.prompt.replace(TOKEN, NEW_TOKEN),
+                "image": _relative(task.image, folder),
+            }
+            for task in tasks
+        ],
+    }
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
