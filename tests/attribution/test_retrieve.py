@@ -137,6 +137,23 @@ def test_a_killed_run_goes_on_with_the_query_it_was_at_and_ends_the_same(layout,
     assert read_table(layout.ranks(model)).equals(before)
 
 
+def test_what_was_ranked_is_not_unlearned_again_for_one_more_method(layout, monkeypatch):
+    model, asked_for, unlearn = style(layout), [], module.unlearn_query
+    retrieve(layout, model, "cpu")
+    before = {path: read_table(path) for path in map(str, Path(layout.root, "retrieve").rglob("*.parquet"))}
+    monkeypatch.setattr(module, "unlearn_query", lambda *a: asked_for.append(a[1:3]) or unlearn(*a))
+    more = METHODS | {"unlearn-sgd": {"attributor": "unlearning"}}
+    both = {"costly": {"methods": ["unlearn-sgd"], "models": 1, "queries": 1}}
+    retrieve(customised_layout(monkeypatch, score={"methods": more}, retrieve=both), model, "cpu")
+    assert asked_for == [("unlearn-sgd", f"{model}-00")]
+    unchanged = [path for path in before if not path.endswith(f"{model}.parquet")]
+    assert all(read_table(path).equals(before[path]) for path in unchanged)
+    asked_for.clear()
+    other = {"unlearn": {"step_size": 2e-4, "steps": 2, "draws": 8, "weights": "cross-attn-kv"}}
+    retrieve(customised_layout(monkeypatch, score={"methods": METHODS}, unlearn=other), model, "cpu")
+    assert asked_for == [("unlearn", f"{model}-00"), ("unlearn", f"{model}-01")]
+
+
 def test_leftovers_of_another_config_are_thrown_away(layout):
     own = candidates(layout, style(layout), ["pixel"])
     stale = Path(own.root, "scan/base.npz")

@@ -6,6 +6,7 @@ from forgetrace.attribution.contract import Attributor, Features, Together
 from forgetrace.attribution.ensemble import Ensemble
 from forgetrace.attribution.image_features import Clip, Dino, DinoV2, EfficientNet, ImageFeatures
 from forgetrace.attribution.influence import DataInf, Influence, ReTrac, TracIn
+from forgetrace.attribution.low_loss import LowLoss
 from forgetrace.attribution.trak import Das, DTrak, JourneyTrak, Trak
 from forgetrace.attribution.unet_features import UNetFeatures
 from forgetrace.attribution.unlearning import Unlearning
@@ -32,6 +33,7 @@ ATTRIBUTORS: dict[str, type[Attributor]] = {
     "image-features": ImageFeatures,
     "unet-features": UNetFeatures,
     "ensemble": Ensemble,
+    "low-loss": LowLoss,
     RANDOM: Random,
 }
 

@@ -1,19 +1,30 @@
 """The ``retrieve`` stage: a customised model's exemplars, found among them and the whole base set by every method.
 
 One job ranks for all images of a model, so that imports, θ0's files and the scan of the customised model are paid for
-once. Score tables are kept as they come: a killed job goes on with the query it was at.
+once. Score tables are kept as they come: a killed job goes on with the query it was at, and one more method or query
+costs only itself.
 """
 
 from pathlib import Path
 
 import pandas as pd
 
-from forgetrace.artifacts import provenance, read_json, read_table, write_table
+from forgetrace.artifacts import (
+    UserError,
+    fingerprint,
+    provenance,
+    read_json,
+    read_table,
+    read_table_provenance,
+    sha256_of,
+    stage_versions,
+    write_table,
+)
 from forgetrace.attribution.asked import asked
 from forgetrace.attribution.candidates import Candidates, candidates, discard, exemplar_ids
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.scan import scan
-from forgetrace.attribution.score import score
+from forgetrace.attribution.score import UNLEARNED, score
 from forgetrace.attribution.unlearning import Unlearning
 from forgetrace.layout import Layout
 from forgetrace.unlearning.variants import unlearn_query
@@ -47,19 +58,49 @@ def retrieve(layout: Layout, model: str, device: str = "auto") -> None:
 def rank_for(own: Candidates, method: str, queries: list[str], device: str = "auto") -> None:
     """Write a method's score tables for some queries, as far as they are not there."""
     source = attributor(own, method, device)
-    if isinstance(source, Unlearning):
-        scan_missing(own, source, queries, device)
-    score(own.asking(queries), method, device=device)
+    if not isinstance(source, Unlearning):
+        if own.base_scan in source.inputs(queries[0]):
+            scan_base(own, device)
+        score(own.asking(queries), method, device=device)
+        return
+    for query in queries:
+        key = unlearned_with(own, source, query)
+        if not _is_made(own.score(method, query), key):
+            scan_missing(own, source, [query], device)
+            score(own.asking([query]), method, device=device, unlearned=key)
+
+
+def unlearned_with(own: Candidates, source: Unlearning, query: str) -> str:
+    """Fingerprint of what scores hang on whose scans are thrown away when all methods have ranked."""
+    config = own.config
+    variant = config.unlearn[source.options.variant or source.method]
+    fitted = own.fitted(variant.curvature)[:1] if variant.curvature != "none" else []
+    files = [own.weights, own.encode_manifest, own.query(query)["tensors"], *fitted]
+    settings = [source.options.model_dump(), variant.model_dump(), config.seed, config.scan.of_base()]
+    inputs = [sha256_of(path) for path in files]
+    return fingerprint([settings, inputs, stage_versions("unlearn", "scan", "score")])
+
+
+def _is_made(path: str, key: str) -> bool:
+    try:
+        return read_table_provenance(path).get(UNLEARNED) == key
+    except UserError:
+        return False
 
 
 def scan_missing(own: Candidates, source: Unlearning, queries: list[str], device: str) -> None:
     """Unlearn each query and scan all candidates, the customised model itself first."""
     variant = source.options.variant or source.method
-    if not Path(own.base_scan).exists():
-        scan(own, device=device)
+    scan_base(own, device)
     for query in queries:
         if Path(own.scan(variant, query)).exists():
             continue
         if not Path(own.unlearned(variant, query)["losses"]).exists():
             unlearn_query(own, variant, query, device)
         scan(own, variant, query, device)
+
+
+def scan_base(own: Candidates, device: str) -> None:
+    """Scan all candidates under the customised model itself, once."""
+    if not Path(own.base_scan).exists():
+        scan(own, device=device)

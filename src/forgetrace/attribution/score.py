@@ -18,11 +18,22 @@ from forgetrace.attribution.ranking import rank
 from forgetrace.attribution.registry import attributor
 from forgetrace.layout import Layout
 
-TOOK = "took"  # in a table's provenance: seconds of the job's scores, and of how many queries
+# In a table's provenance, but no part of what tells whether it is made again.
+TOOK = "took"  # seconds of the job's scores, and of how many queries
+UNLEARNED = "unlearned"  # what the query was unlearned and scanned with, where both are thrown away
 
 
-def score(layout: Layout, method: str, query: str | None = None, device: str = "auto") -> None:
+def score(
+    layout: Layout, method: str, query: str | None = None, device: str = "auto", unlearned: str | None = None
+) -> None:
     """Write the ranking for a query; without one, for every query that has none of these inputs and settings.
+
+    Args:
+        layout: the experiment.
+        method: one of ``score.methods``.
+        query: one of its queries.
+        device: where to compute.
+        unlearned: fingerprint to keep with the table.
 
     Raises:
         UserError: an input is missing or damaged, or a score is not finite.
@@ -39,9 +50,10 @@ def score(layout: Layout, method: str, query: str | None = None, device: str = "
     begun = time.perf_counter()
     scores = source.scores_of(list(made_by))
     # What it took is no part of what the scores hang on.
-    took = {"seconds": round(time.perf_counter() - begun, 3), "queries": len(made_by)}
+    told = {TOOK: {"seconds": round(time.perf_counter() - begun, 3), "queries": len(made_by)}}
+    told |= {UNLEARNED: unlearned} if unlearned else {}
     for name, made in made_by.items():
-        write_table(layout.score(method, name), rank(image_ids, scores[name]), made | {TOOK: took})
+        write_table(layout.score(method, name), rank(image_ids, scores[name]), made | told)
 
 
 def _made_by(layout: Layout, source: Attributor, query: str, hash_of: Callable[[str], str]) -> dict:
@@ -57,4 +69,4 @@ def _is_made(path: str, made_by: dict) -> bool:
         found = read_table_provenance(path)
     except UserError:
         return False
-    return {key: value for key, value in found.items() if key != TOOK} == made_by
+    return {key: value for key, value in found.items() if key not in (TOOK, UNLEARNED)} == made_by
