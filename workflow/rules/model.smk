@@ -1,6 +1,7 @@
 # train and synthesize: the model under study and the images whose influence is asked for.
 
 
+# update() leaves what is there in place: a θ0 or a query of the same recipe, maybe of another machine, is kept.
 rule train:
     input:
         ENCODED,
@@ -9,10 +10,10 @@ rule train:
         pipeline.local_files(layout.config.train.pretrained, ["unet", "scheduler"]),
         pipeline.local_files(layout.config.train.lora, ["."]),
     output:
-        MODEL,
-        layout.snapshots,
-        layout.curve,
-        layout.recipe,
+        [update(path) for path in MODEL],
+        [update(path) for path in layout.snapshots],
+        update(layout.curve),
+        update(layout.recipe),
     log:
         log_file("train", "train"),
     benchmark:
@@ -47,7 +48,7 @@ rule synthesize:
         layout.data_manifest,
         own_image=lambda wildcards: own_image(wildcards.query),
     output:
-        list(layout.query("{query}").values()),
+        [update(path) for path in layout.query("{query}").values()],
     log:
         log_file("synthesize", "{query}"),
     benchmark:

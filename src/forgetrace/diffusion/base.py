@@ -1,16 +1,42 @@
-"""The ``train`` stage: θ0 with its snapshots, curve and recipe."""
+"""The ``train`` stage: θ0 with its snapshots, curve and recipe.
+
+A θ0 of the same recipe and data is kept, whatever machine it was trained on: rounding makes another model of it on
+another processor, and all measurements hang on the one they were made with. Who wants to continue an experiment
+elsewhere takes its folders ``train`` and ``synthesize`` along.
+"""
+
+import logging
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from accelerate import PartialState
 
-from forgetrace.artifacts import provenance, read_tensors, write_json, write_table, write_tensors
+from forgetrace.artifacts import (
+    UserError,
+    provenance,
+    read_json,
+    read_tensors,
+    write_json,
+    write_table,
+    write_tensors,
+)
+from forgetrace.diffusion.device import pick_device, resolve_precision
 from forgetrace.diffusion.given import check_descends, check_fits, given_scheduler, given_source, given_unet
 from forgetrace.diffusion.lora import lora_file, merge_lora
 from forgetrace.diffusion.model import build_scheduler, build_unet, save_architecture
-from forgetrace.diffusion.training import Training, discard_checkpoints, learning_rate, snapshot_path, train
+from forgetrace.diffusion.training import (
+    Training,
+    discard_checkpoints,
+    learning_rate,
+    snapshot_path,
+    train,
+    training_key,
+)
 from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import BASE, Layout
+
+log = logging.getLogger(__name__)
 
 
 def train_base(layout: Layout, device: str = "auto") -> None:
@@ -23,9 +49,12 @@ def train_base(layout: Layout, device: str = "auto") -> None:
     if config.train.pretrained:
         adopt(layout, encoded)
         return
+    training = Training(BASE, config.seed, np.zeros(len(encoded), dtype=bool))
+    if is_there(layout, training_key(layout, training, resolve_precision(config.train.precision, pick_device(device)))):
+        log.warning("θ0 is already there: kept.")
+        return
     made_by = provenance(config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
     snapshots = config.train.snapshot_steps()
-    training = Training(BASE, config.seed, np.zeros(len(encoded), dtype=bool))
     weights, curve, record = train(layout, encoded, training, device, snapshots)
     if not PartialState().is_main_process:
         return
@@ -39,6 +68,15 @@ def train_base(layout: Layout, device: str = "auto") -> None:
     write_table(layout.curve, curve)
     write_json(layout.recipe, record | {"made_by": made_by})
     discard_checkpoints(layout, BASE)
+
+
+def is_there(layout: Layout, key: str) -> bool:
+    """Whether every file of a θ0 with this fingerprint is there; the recipe is written last."""
+    files = [*layout.model_files, *layout.snapshots, layout.curve]
+    try:
+        return read_json(layout.recipe)["key"] == key and all(Path(file).exists() for file in files)
+    except (UserError, KeyError):
+        return False
 
 
 def adopt(layout: Layout, encoded: Encoded) -> None:

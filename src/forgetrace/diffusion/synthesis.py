@@ -1,6 +1,8 @@
 """The ``synthesize`` stage: the queries, generated from held-out captions, read from a file, or published ones."""
 
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,10 +10,13 @@ from diffusers import UNet2DConditionModel
 
 from forgetrace.artifacts import (
     UserError,
+    fingerprint,
     provenance,
     read_array,
     read_image,
     read_json,
+    sha256_of,
+    stage_versions,
     write_arrays,
     write_image,
     write_json,
@@ -27,6 +32,8 @@ from forgetrace.encoding.codec import clipped, codec_of
 from forgetrace.encoding.given import query_files, query_image, read_queries
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
+
+log = logging.getLogger(__name__)
 
 
 def synthesize(layout: Layout, query: str, device: str = "auto") -> None:
@@ -49,8 +56,36 @@ def synthesize(layout: Layout, query: str, device: str = "auto") -> None:
         prompt = caption_states(settings, [own.prompt], tokens, device)[0]
         arrays = {"latent": _latent_of_file(layout, own.image, device), "prompt": prompt}
     else:
+        key = generated_with(layout, query)
+        if _is_there(layout, query, key):
+            log.warning("%s is already there: kept.", query)
+            return
         record, arrays = generate_query(layout, load_unet(layout, device), query)
+        record |= {"key": key}
     _keep(layout, query, record, arrays, codec_of(settings, device).decode(arrays["latent"][None])[0])
+
+
+def generated_with(layout: Layout, query: str) -> str:
+    """Fingerprint of all a generated query hangs on but for the machine, whose rounding makes other bytes."""
+    return fingerprint(
+        {
+            "query": query,
+            "weights": sha256_of(layout.weights),
+            "data": read_json(layout.encode_manifest)["source"],
+            "settings": layout.config.synthesize.model_dump(include={"sampler_steps", "guidance"}),
+            "seed": layout.config.seed,
+            "versions": stage_versions("encode", "synthesize"),
+        }
+    )
+
+
+def _is_there(layout: Layout, query: str, key: str) -> bool:
+    """Whether every file of a query with this fingerprint is there; the record is written last."""
+    files = layout.query(query)
+    try:
+        return read_json(files["record"])["key"] == key and all(Path(file).exists() for file in files.values())
+    except (UserError, KeyError):
+        return False
 
 
 def _keep(layout: Layout, query: str, record: dict, arrays: dict[str, np.ndarray], image: np.ndarray) -> None:

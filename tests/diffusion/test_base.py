@@ -1,0 +1,87 @@
+"""θ0 and queries that are there: kept whatever machine they are of, made again where the recipe is another."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forgetrace.artifacts import read_json, read_tensors, sha256_of, write_json, write_tensors
+from forgetrace.diffusion import base, synthesis
+from forgetrace.diffusion.base import train_base
+from forgetrace.diffusion.synthesis import synthesize
+
+from ..conftest import settings
+
+
+def of_another_machine(layout) -> None:
+    """The same θ0 with other rounding, and captions of other rounding."""
+    weights = read_tensors(layout.weights)
+    write_tensors(layout.weights, {name: value * (1 + 1e-6) for name, value in weights.items()}, {})
+    encoded_elsewhere(layout)
+
+
+def encoded_elsewhere(layout) -> None:
+    """Captions of other rounding."""
+    np.save(layout.captions, np.load(layout.captions) * np.float32(1 + 1e-6))
+    manifest = read_json(layout.encode_manifest)
+    manifest["sha256"]["captions"] = sha256_of(layout.captions)
+    write_json(layout.encode_manifest, manifest)
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    def train(*arguments):
+        raise AssertionError("it was trained again")
+
+    monkeypatch.setattr(base, "train", train)
+
+
+def test_a_theta0_of_another_machine_is_kept(tiny, untrained, caplog):
+    of_another_machine(tiny)
+    before = {path: Path(path).read_bytes() for path in (*tiny.model_files, *tiny.snapshots, tiny.curve, tiny.recipe)}
+    train_base(tiny, "cpu")
+    assert {path: Path(path).read_bytes() for path in before} == before
+    assert "already there" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["recipe", "seed", "snapshot", "curve", "torn"])
+def test_any_other_theta0_is_trained(tiny, untrained, change):
+    layout = tiny
+    if change == "recipe":
+        layout = replace(tiny, config=settings(train={"learning_rate": 1e-3}))
+    elif change == "seed":
+        layout = replace(tiny, config=tiny.config.model_copy(update={"seed": 6}))
+    elif change == "torn":
+        write_json(tiny.recipe, {})
+    else:
+        Path({"snapshot": tiny.snapshots[0], "curve": tiny.curve}[change]).unlink()
+    with pytest.raises(AssertionError, match="trained again"):
+        train_base(layout, "cpu")
+
+
+def test_a_query_is_kept_with_the_theta0_that_made_it(tiny, monkeypatch):
+    def generate(*arguments):
+        raise AssertionError("it was generated again")
+
+    monkeypatch.setattr(synthesis, "generate_query", generate)
+    files = tiny.query("report-00")
+    before = {role: Path(path).read_bytes() for role, path in files.items()}
+    encoded_elsewhere(tiny)
+    synthesize(tiny, "report-00", "cpu")
+    assert {role: Path(path).read_bytes() for role, path in files.items()} == before
+    of_another_machine(tiny)  # another θ0
+    with pytest.raises(AssertionError, match="generated again"):
+        synthesize(tiny, "report-00", "cpu")
+
+
+def test_a_query_of_other_settings_is_generated_again(tiny):
+    before = read_json(tiny.query("report-00")["record"])
+    other = replace(tiny, config=settings(synthesize={"guidance": 2.0}))
+    synthesize(other, "report-00", "cpu")
+    after = read_json(tiny.query("report-00")["record"])
+    assert (before["guidance"], after["guidance"]) == (tiny.config.synthesize.guidance, 2)
+    assert before["key"] != after["key"]
+    Path(tiny.query("report-01")["image"]).unlink()
+    synthesize(tiny, "report-01", "cpu")
+    assert Path(tiny.query("report-01")["image"]).exists()
