@@ -127,6 +127,8 @@ def _make_quick(patch: pytest.MonkeyPatch) -> None:
 GROUPS = ("test_smoke_run.py", "test_miniature.py", "test_customized.py", "test_slurm.py", "test_regions.py")
 
 
+# First, because pytest-xdist reads the groups in a hook of the same name.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file of tests/workflow stay together, as do all that look at the smoke run (pytest-xdist)."""
 

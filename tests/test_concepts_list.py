@@ -7,7 +7,15 @@ import pytest
 
 from forgetrace.artifacts import UserError
 from forgetrace.config import Customize, read_concepts
-from forgetrace.datasets.concepts import check_concepts, exemplar_count, given_files, names, query_names, shaping
+from forgetrace.datasets.concepts import (
+    check_concepts,
+    check_learnable,
+    exemplar_count,
+    given_files,
+    names,
+    query_names,
+    shaping,
+)
 
 from .customized import customised
 
@@ -59,6 +67,11 @@ def test_a_list_that_cannot_be_is_refused(tmp_path, entries, message):
 def test_a_missing_or_broken_list_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"there is no nowhere\.json"):
         read_concepts("nowhere.json")
+    with pytest.raises(UserError, match=r"cannot be read .*docs/customized\.md"):
+        read_concepts(tmp_path.as_posix())
+    (tmp_path / "object.json").write_text("{}")
+    with pytest.raises(UserError, match=r"object\.json: Input should be a valid list; docs"):
+        read_concepts((tmp_path / "object.json").as_posix())
     (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(UserError, match="is no JSON file"):
         read_concepts((tmp_path / "broken.json").as_posix())
@@ -70,6 +83,14 @@ def test_an_edited_list_is_read_again(tmp_path):
     write(tmp_path, ENTRY | {"name": "bird"})
     os.utime(path, (1, 1))
     assert list(read_concepts(path)) == ["style-bird"]
+
+
+def test_features_cannot_be_learned_from_a_list_of_test_models(tmp_path):
+    settings = Customize(given=write(tmp_path, ENTRY))
+    with pytest.raises(
+        UserError, match=r"needs two validation models at least, of the kinds style, and has 0"
+    ):
+        check_learnable(settings, 0, ["style"])
 
 
 def test_files_that_are_not_there_are_counted_before_anything_runs(tmp_path):

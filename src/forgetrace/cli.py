@@ -198,8 +198,9 @@ def tune(
         typer.Option(help="Judge by a training without so many top images of every tuning query.", min=1),
     ] = None,
     queries: Annotated[
-        int, typer.Option(help="Where models are customised: images of validation models to find exemplars of.", min=1)
-    ] = 16,
+        int | None,
+        typer.Option(help="Where models are customised: images of validation models to try; by default 16.", min=1),
+    ] = None,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -215,8 +216,12 @@ def tune(
     if layout.config.customize:
         from forgetrace.evaluation.tune_exemplars import tune_on_exemplars
 
-        tried = tune_on_exemplars(layout, method, option, values.split(","), queries, device)
+        if partial or leave_out:
+            raise UserError("--partial and --leave-out have no effect where models are customised: leave them out.")
+        tried = tune_on_exemplars(layout, method, option, values.split(","), queries or 16, device)
     else:
+        if queries:
+            raise UserError("--queries has no effect without customised models: all queries of the tuning pool count.")
         tried = tune(layout, method, option, values.split(","), device, partial, leave_out)
     if table:
         write_table(table, tried)

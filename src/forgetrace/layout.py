@@ -239,7 +239,7 @@ class Layout:
         return f"{self.root}/retrain/measures/{method}/k{k}/{member}.json"
 
     def tuned(self, key: str) -> str:
-        """What a model said of the tuning queries that was trained without their top images, by its fingerprint."""
+        """A result of ``forgetrace tune`` by its fingerprint: what a leave-K-out model said, or a precision."""
         return f"{self.root}/tune/models/{key[:16]}.json"
 
     def half_models(self) -> list[tuple[str, int, str]]:

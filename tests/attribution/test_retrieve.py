@@ -16,6 +16,7 @@ from forgetrace.artifacts import (
     read_table,
     read_tensors,
     sha256_of,
+    write_table,
 )
 from forgetrace.attribution import retrieve as module
 from forgetrace.attribution.asked import asked, customised_files
@@ -148,6 +149,13 @@ def test_what_was_ranked_is_not_unlearned_again_for_one_more_method(layout, monk
     assert asked_for == [("unlearn-sgd", f"{model}-00")]
     unchanged = [path for path in before if not path.endswith(f"{model}.parquet")]
     assert all(read_table(path).equals(before[path]) for path in unchanged)
+    asked_for.clear()
+    # A table of before there were fingerprints is made once more, and then no more.
+    path = layout.retrieved(model, "unlearn", f"{model}-00")
+    write_table(path, read_table(path), {})
+    retrieve(layout, model, "cpu")
+    retrieve(layout, model, "cpu")
+    assert asked_for == [("unlearn", f"{model}-00")]
     asked_for.clear()
     other = {"unlearn": {"step_size": 2e-4, "steps": 2, "draws": 8, "weights": "cross-attn-kv"}}
     retrieve(customised_layout(monkeypatch, score={"methods": METHODS}, unlearn=other), model, "cpu")

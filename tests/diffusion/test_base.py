@@ -18,6 +18,7 @@ def of_another_machine(layout) -> None:
     """The same θ0 with other rounding, and captions of other rounding."""
     weights = read_tensors(layout.weights)
     write_tensors(layout.weights, {name: value * (1 + 1e-6) for name, value in weights.items()}, {})
+    write_json(layout.recipe, read_json(layout.recipe) | {"sha256": sha256_of(layout.weights)})
     encoded_elsewhere(layout)
 
 
@@ -45,7 +46,7 @@ def test_a_theta0_of_another_machine_is_kept(tiny, untrained, caplog):
     assert "already there" in caplog.text
 
 
-@pytest.mark.parametrize("change", ["recipe", "seed", "snapshot", "curve", "torn"])
+@pytest.mark.parametrize("change", ["recipe", "seed", "snapshot", "curve", "torn", "mixed"])
 def test_any_other_theta0_is_trained(tiny, untrained, change):
     layout = tiny
     if change == "recipe":
@@ -54,6 +55,8 @@ def test_any_other_theta0_is_trained(tiny, untrained, change):
         layout = replace(tiny, config=tiny.config.model_copy(update={"seed": 6}))
     elif change == "torn":
         write_json(tiny.recipe, {})
+    elif change == "mixed":  # two machines' files
+        write_tensors(tiny.weights, read_tensors(tiny.weights), {"other": 1})
     else:
         Path({"snapshot": tiny.snapshots[0], "curve": tiny.curve}[change]).unlink()
     with pytest.raises(AssertionError, match="trained again"):
@@ -73,6 +76,26 @@ def test_a_query_is_kept_with_the_theta0_that_made_it(tiny, monkeypatch):
     of_another_machine(tiny)  # another θ0
     with pytest.raises(AssertionError, match="generated again"):
         synthesize(tiny, "report-00", "cpu")
+
+
+def test_an_old_record_does_not_vouch_for_files_of_a_run_that_was_killed(tiny, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    other = replace(tiny, config=settings(synthesize={"guidance": 2.0}))
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesis, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            synthesize(other, "report-00", "cpu")
+    before = read_json(tiny.query("report-01")["record"])
+    synthesize(tiny, "report-00", "cpu")
+    assert read_json(tiny.query("report-00")["record"])["guidance"] == before["guidance"]
+    recipe = tiny.recipe
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_base(replace(tiny, config=settings(train={"learning_rate": 1e-3})), "cpu")
+    assert not Path(recipe).exists()
 
 
 def test_a_query_of_other_settings_is_generated_again(tiny):

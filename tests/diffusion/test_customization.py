@@ -133,7 +133,7 @@ def test_a_prompt_that_is_too_long_stops_before_any_training(layout, monkeypatch
     prompts = CUSTOMIZE["prompts"] | {"object": {"exemplar": "a V*", "free": ["V* " + "like " * 9]}}
     own = customised_layout(monkeypatch, customize={"prompts": prompts})
     monkeypatch.setattr(customization, "train", lambda *a: pytest.fail("trained"))
-    with pytest.raises(UserError, match=r"customize.prompts: 'V\* like .*' has 12 tokens"):
+    with pytest.raises(UserError, match=r"customize: the prompt 'V\* like .*' has 12 tokens"):
         customize(own, names(own.config.customize, 5)["test"][0], "cpu")
 
 

@@ -90,9 +90,29 @@ def test_imported_models_are_a_list_of_concepts(tasks, tmp_path, monkeypatch):
     assert all((folder / file).is_file() for concept in concepts.values() for file in concept.files)
     assert read_tensors(folder / style.weights).keys() == made.keys_and_values().keys()
     assert torch.equal(read_tensors(folder / style.token)["token"], torch.arange(made.EMBEDDING) + 1.0)
-    # What is there is not converted again.
-    monkeypatch.setattr("forgetrace.release.abc_models.write_tensors", None)
-    assert import_models(tasks, tasks.parent, folder) == 2
+    # What is there is not converted again, unless what was published has changed.
+    with monkeypatch.context() as patch:
+        patch.setattr("forgetrace.release.abc_models.write_tensors", None)
+        assert import_models(tasks, tasks.parent, folder) == 2
+    torch.save({"<new1>": torch.zeros(made.EMBEDDING)}, tasks.parent / "models/art/m1/<new1>.bin")
+    import_models(tasks, tasks.parent, folder)
+    assert torch.equal(read_tensors(folder / style.token)["token"], torch.zeros(made.EMBEDDING))
+
+
+def test_images_are_found_from_a_folder_behind_a_link(tasks, tmp_path):
+    (tmp_path / "big/disk").mkdir(parents=True)
+    (tmp_path / "shared").symlink_to(tmp_path / "big/disk")
+    folder = tmp_path / "shared/models"
+    import_models(tasks, tasks.parent, folder)
+    concepts = read_concepts((folder / "concepts.json").as_posix())
+    assert all((folder / file).is_file() for concept in concepts.values() for file in concept.files)
+
+
+def test_tasks_of_one_model_must_agree_about_its_exemplars(tasks, tmp_path):
+    entries = json.loads(tasks.read_text())
+    tasks.write_text(json.dumps([*entries, entries[0] | {"train_prompt": "another <new1>"}]))
+    with pytest.raises(UserError, match="tasks of the model art-m0 with other folders, exemplars or training prompts"):
+        import_models(tasks, tasks.parent, tmp_path / "imported")
 
 
 def test_missing_files_are_counted_at_once(tasks):
@@ -106,6 +126,7 @@ def test_missing_files_are_counted_at_once(tasks):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("model_path", "/elsewhere/m0", "a model_path outside the data"),
         ("test_case_ind", 2, "case 2 of the 2 in test_art"),
         ("test_case_ind", True, "entry 0: test_case_ind"),
         ("prompt", "a school of fish", "a prompt without <new1>"),

@@ -94,6 +94,10 @@ def test_steps_end_when_the_querys_loss_has_risen_enough(caplog):
     assert not caplog.messages
     assert after(10, 1.001 * rise).w == more.w
     assert "10 steps did not raise its loss" in caplog.text
+    caplog.clear()
+    last = after(9)
+    assert after(9, 0.999 * loss(last) / theta0).w == last.w
+    assert not caplog.messages  # the last step is looked at too
 
 
 def test_gradient_ascent_is_autograds_gradient(tiny):

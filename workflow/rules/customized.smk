@@ -70,7 +70,8 @@ rule retrieve:
             "seed",
             "unlearn",
             "score",
-            scan=layout.config.scan.of_base(),
+            scan=layout.config.scan.of_base()
+            | layout.config.scan.model_dump(include={"narrowing"}),
             costly=(
                 layout.config.retrieve.model_dump() if layout.config.retrieve else None
             ),

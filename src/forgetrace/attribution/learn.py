@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 
 from forgetrace.artifacts import (
-    UserError,
     provenance,
     read_image,
     read_json,
@@ -59,15 +58,13 @@ def learn(layout: Layout, device: str = "auto") -> None:
         UserError: an image or a record of a customised model is missing, or the base set's features are.
     """
     config, files, settings = layout.config, layout.learned, layout.config.learn
+    concepts.check_learnable(config.customize, config.seed, settings.kinds)
     parts = concepts.names(config.customize, config.seed)
     encoder = load_encoder(settings.encoder, pick_device(device))
     used = {
         part: [name for name in own if part == "test" or name.partition("-")[0] in settings.kinds]
         for part, own in parts.items()
     }
-    for part in ("train", "validation"):  # of concepts of one's own the config does not tell
-        if len(used[part]) < 2:
-            raise UserError(f"learn: needs two {part} models at least, of the kinds {settings.kinds}.")
     models = {part: [read_model(layout, name, encoder) for name in own] for part, own in used.items()}
     ids = read_table(layout.index)["image_id"].tolist()
     base = torch.from_numpy(np.array(EncodedImages(layout, settings.encoder).kept()))

@@ -22,9 +22,10 @@ from forgetrace.artifacts import (
 )
 from forgetrace.attribution.asked import asked
 from forgetrace.attribution.candidates import Candidates, candidates, discard, exemplar_ids
+from forgetrace.attribution.contract import Attributor
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.scan import scan
-from forgetrace.attribution.score import UNLEARNED, score
+from forgetrace.attribution.score import SCANNED, score
 from forgetrace.attribution.unlearning import Unlearning
 from forgetrace.layout import Layout
 from forgetrace.unlearning.variants import unlearn_query
@@ -58,32 +59,37 @@ def retrieve(layout: Layout, model: str, device: str = "auto") -> None:
 def rank_for(own: Candidates, method: str, queries: list[str], device: str = "auto") -> None:
     """Write a method's score tables for some queries, as far as they are not there."""
     source = attributor(own, method, device)
-    if not isinstance(source, Unlearning):
-        if own.base_scan in source.inputs(queries[0]):
-            scan_base(own, device)
+    if own.base_scan not in source.inputs(queries[0]):
         score(own.asking(queries), method, device=device)
         return
     for query in queries:
-        key = unlearned_with(own, source, query)
-        if not _is_made(own.score(method, query), key):
+        key = scanned_with(own, source, query)
+        if _is_made(own.score(method, query), key):
+            continue
+        if isinstance(source, Unlearning):
             scan_missing(own, source, [query], device)
-            score(own.asking([query]), method, device=device, unlearned=key)
+        else:
+            scan_base(own, device)
+        score(own, method, query, device, key)
 
 
-def unlearned_with(own: Candidates, source: Unlearning, query: str) -> str:
+def scanned_with(own: Candidates, source: Attributor, query: str) -> str:
     """Fingerprint of what scores hang on whose scans are thrown away when all methods have ranked."""
-    config = own.config
-    variant = config.unlearn[source.options.variant or source.method]
-    fitted = own.fitted(variant.curvature)[:1] if variant.curvature != "none" else []
-    files = [own.weights, own.encode_manifest, own.query(query)["tensors"], *fitted]
-    settings = [source.options.model_dump(), variant.model_dump(), config.seed, config.scan.of_base()]
+    config, settings = own.config, [source.options.model_dump()]
+    files = [own.weights, own.encode_manifest, own.query(query)["tensors"]]
+    if isinstance(source, Unlearning):
+        variant = config.unlearn[source.options.variant or source.method]
+        settings.append(variant.model_dump())
+        files += own.fitted(variant.curvature)[:1] if variant.curvature != "none" else []
+    settings += [config.seed, config.scan.of_base()]
+    settings += [config.scan.narrowing.model_dump()] if config.scan.narrowing else []
     inputs = [sha256_of(path) for path in files]
     return fingerprint([settings, inputs, stage_versions("unlearn", "scan", "score")])
 
 
 def _is_made(path: str, key: str) -> bool:
     try:
-        return read_table_provenance(path).get(UNLEARNED) == key
+        return read_table_provenance(path).get(SCANNED) == key
     except UserError:
         return False
 

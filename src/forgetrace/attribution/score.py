@@ -20,11 +20,11 @@ from forgetrace.layout import Layout
 
 # In a table's provenance, but no part of what tells whether it is made again.
 TOOK = "took"  # seconds of the job's scores, and of how many queries
-UNLEARNED = "unlearned"  # what the query was unlearned and scanned with, where both are thrown away
+SCANNED = "unlearned"  # what scans hang on that are thrown away
 
 
 def score(
-    layout: Layout, method: str, query: str | None = None, device: str = "auto", unlearned: str | None = None
+    layout: Layout, method: str, query: str | None = None, device: str = "auto", scanned: str | None = None
 ) -> None:
     """Write the ranking for a query; without one, for every query that has none of these inputs and settings.
 
@@ -33,7 +33,7 @@ def score(
         method: one of ``score.methods``.
         query: one of its queries.
         device: where to compute.
-        unlearned: fingerprint to keep with the table.
+        scanned: fingerprint of scans that will be thrown away, to keep with the table.
 
     Raises:
         UserError: an input is missing or damaged, or a score is not finite.
@@ -51,7 +51,7 @@ def score(
     scores = source.scores_of(list(made_by))
     # What it took is no part of what the scores hang on.
     told = {TOOK: {"seconds": round(time.perf_counter() - begun, 3), "queries": len(made_by)}}
-    told |= {UNLEARNED: unlearned} if unlearned else {}
+    told |= {SCANNED: scanned} if scanned else {}
     for name, made in made_by.items():
         write_table(layout.score(method, name), rank(image_ids, scores[name]), made | told)
 
@@ -69,4 +69,4 @@ def _is_made(path: str, made_by: dict) -> bool:
         found = read_table_provenance(path)
     except UserError:
         return False
-    return {key: value for key, value in found.items() if key not in (TOOK, UNLEARNED)} == made_by
+    return {key: value for key, value in found.items() if key not in (TOOK, SCANNED)} == made_by

@@ -10,6 +10,8 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from forgetrace.artifacts import UserError
 from forgetrace.config.base import NEW_TOKEN, Name, Section
 
+SHOWN = "docs/customized.md shows what such a list is"
+
 
 class GivenImage(Section):
     """An exemplar and the prompt it is trained with."""
@@ -72,7 +74,9 @@ def read_concepts(path: str) -> dict[str, GivenConcept]:
     try:
         return _read(path, Path(path).stat().st_mtime_ns)
     except FileNotFoundError:
-        raise UserError(f"customize.given: there is no {path}; docs/customized.md shows what such a list is.") from None
+        raise UserError(f"customize.given: there is no {path}; {SHOWN}.") from None
+    except OSError as error:
+        raise UserError(f"customize.given: {path} cannot be read ({error.strerror}); {SHOWN}.") from None
 
 
 @functools.lru_cache(maxsize=4)
@@ -81,8 +85,9 @@ def _read(path: str, modified: int) -> dict[str, GivenConcept]:
         listed = TypeAdapter(list[GivenConcept]).validate_python(json.loads(Path(path).read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {place}: {first['msg'].removeprefix('Value error, ')}.") from None
+        place = "".join(f"{part}." for part in first["loc"]).rstrip(".")
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}{place and f', entry {place}'}: {message}; {SHOWN}.") from None
     except ValueError as error:
         raise UserError(f"{path} is no JSON file ({error}).") from None
     concepts = {concept.model: concept for concept in listed}

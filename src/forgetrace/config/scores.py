@@ -70,7 +70,8 @@ class Variant(Section):
     rise: float | None = Field(
         None,
         gt=1,
-        description="Newton steps end as soon as the query's loss is so many times what it was; without it, after all.",
+        description="Newton steps end when the query's loss is so many times what it was, as every second step shows; "
+        "without it, after all.",
         exclude_if=unused,
     )
 

@@ -122,6 +122,22 @@ def check_concepts(settings: Customize, seed: int, shape: list[int]) -> None:
         concept(name, settings, seed, shape[0])
 
 
+def check_learnable(settings: Customize, seed: int, kinds: list[str]) -> None:
+    """Check that features can be learned.
+
+    Raises:
+        UserError: there are fewer than two train or validation models of the kinds that are learned from.
+    """
+    for part, models in names(settings, seed).items():
+        count = sum(model.partition("-")[0] in kinds for model in models)
+        if part != "test" and count < 2:
+            place = settings.given or "customize.objects or styles"
+            raise UserError(
+                f"learn: needs two {part} models at least, of the kinds {', '.join(kinds)}, and has {count}: add such "
+                f"models to {place}, or remove the section learn."
+            )
+
+
 def queries(settings: Customize, model: str) -> list[tuple[str, str]]:
     """Manner and prompt of every image that a customised model generates."""
     if settings.given:

@@ -14,9 +14,12 @@ from accelerate import PartialState
 
 from forgetrace.artifacts import (
     UserError,
+    fingerprint,
     provenance,
     read_json,
     read_tensors,
+    sha256_of,
+    stage_versions,
     write_json,
     write_table,
     write_tensors,
@@ -51,13 +54,13 @@ def train_base(layout: Layout, device: str = "auto") -> None:
         return
     training = Training(BASE, config.seed, np.zeros(len(encoded), dtype=bool))
     if is_there(layout, training_key(layout, training, resolve_precision(config.train.precision, pick_device(device)))):
-        log.warning("θ0 is already there: kept.")
         return
     made_by = provenance(config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
     snapshots = config.train.snapshot_steps()
     weights, curve, record = train(layout, encoded, training, device, snapshots)
     if not PartialState().is_main_process:
         return
+    Path(layout.recipe).unlink(missing_ok=True)
     for step, path in zip(snapshots, layout.snapshots, strict=True):
         # TracIn weighs a snapshot's gradients by the learning rate it was trained with.
         rate = {"step": step, "learning_rate": learning_rate(config.train, step - 1)}
@@ -66,17 +69,24 @@ def train_base(layout: Layout, device: str = "auto") -> None:
     save_architecture(build_unet(config.train, shape, width, config.seed), build_scheduler(config.train), layout)
     write_tensors(layout.weights, weights, made_by)
     write_table(layout.curve, curve)
-    write_json(layout.recipe, record | {"made_by": made_by})
+    write_json(layout.recipe, record | {"sha256": sha256_of(layout.weights), "made_by": made_by})
     discard_checkpoints(layout, BASE)
 
 
 def is_there(layout: Layout, key: str) -> bool:
-    """Whether every file of a θ0 with this fingerprint is there; the recipe is written last."""
+    """Whether every file of a θ0 with this fingerprint is there; the recipe is removed first and written last."""
     files = [*layout.model_files, *layout.snapshots, layout.curve]
     try:
-        return read_json(layout.recipe)["key"] == key and all(Path(file).exists() for file in files)
-    except (UserError, KeyError):
+        record = read_json(layout.recipe)
+    except UserError:
         return False
+    if not all(Path(file).exists() for file in files) or record.get("sha256") != sha256_of(layout.weights):
+        return False
+    if record.get("key") != key:
+        log.warning("The θ0 that is there is of other data or another recipe, seed, precision or torch: made again.")
+        return False
+    log.warning("θ0 is already there: kept.")
+    return True
 
 
 def adopt(layout: Layout, encoded: Encoded) -> None:
@@ -86,6 +96,12 @@ def adopt(layout: Layout, encoded: Encoded) -> None:
         UserError: as :func:`given_unet`, :func:`check_fits` and :func:`merge_lora`.
     """
     recipe, key = layout.config.train, "train.pretrained"
+    sources = {"given": given_source(recipe.pretrained, key), "data": read_json(layout.encode_manifest)["source"]}
+    sources |= {"parent": given_source(recipe.parent, "train.parent")} if recipe.parent else {}
+    sources |= {"lora": sha256_of(lora_file(recipe.lora))} if recipe.lora else {}
+    own = fingerprint([sources, recipe.model_dump(mode="json"), stage_versions("train")])
+    if is_there(layout, own):
+        return
     unet, scheduler = given_unet(recipe.pretrained, key), given_scheduler(recipe.pretrained, key)
     check_fits(unet, scheduler, recipe, encoded)
     if recipe.parent:
@@ -95,8 +111,10 @@ def adopt(layout: Layout, encoded: Encoded) -> None:
         merge_lora(unet, recipe.lora)
         inputs["lora"] = lora_file(recipe.lora)
     made_by = provenance(layout.config.digest_of("train"), inputs)
-    made_by |= {"given": given_source(recipe.pretrained, key)}
+    made_by |= {"given": sources["given"]}
+    Path(layout.recipe).unlink(missing_ok=True)
     save_architecture(unet, scheduler, layout)
     write_tensors(layout.weights, unet.state_dict(), made_by)
     write_table(layout.curve, pd.DataFrame(columns=["step", "loss", "learning_rate"]))
-    write_json(layout.recipe, {"given": recipe.pretrained, "made_by": made_by})
+    told = {"given": recipe.pretrained, "key": own, "sha256": sha256_of(layout.weights)}
+    write_json(layout.recipe, told | {"made_by": made_by})

@@ -80,7 +80,7 @@ def generated_with(layout: Layout, query: str) -> str:
 
 
 def _is_there(layout: Layout, query: str, key: str) -> bool:
-    """Whether every file of a query with this fingerprint is there; the record is written last."""
+    """Whether every file of a query with this fingerprint is there; the record is removed first, written last."""
     files = layout.query(query)
     try:
         return read_json(files["record"])["key"] == key and all(Path(file).exists() for file in files.values())
@@ -92,6 +92,7 @@ def _keep(layout: Layout, query: str, record: dict, arrays: dict[str, np.ndarray
     """Write a query's files."""
     files = layout.query(query)
     made_by = provenance(layout.config.digest_of("seed", "synthesize"), _made_of(layout, query))
+    Path(files["record"]).unlink(missing_ok=True)
     write_image(files["image"], image)
     write_arrays(files["tensors"], arrays, made_by)
     write_json(files["record"], record | {"made_by": made_by})

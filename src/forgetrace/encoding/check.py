@@ -6,7 +6,7 @@ Nothing here imports torch: Snakemake asks while it reads the rules.
 import numpy as np
 
 from forgetrace.artifacts import UserError, read_json
-from forgetrace.datasets.concepts import check_concepts
+from forgetrace.datasets.concepts import check_concepts, check_learnable
 from forgetrace.datasets.prepare import TRAIN, count_trained, examples_of, image_shape, split_captions
 from forgetrace.encoding.codec import codec_of
 from forgetrace.encoding.given import check_given
@@ -23,6 +23,8 @@ def check_data(layout: Layout) -> None:
     shape, images = _shape_and_count(layout)
     if config.customize:
         check_concepts(config.customize, config.seed, shape)
+        if config.learn:
+            check_learnable(config.customize, config.seed, config.learn.kinds)
     check_given(config, images)
     if not (config.encode.pipeline or config.encode.given):  # what an autoencoder takes is known with its weights
         codec_of(config.encode).encode(np.zeros((1, *shape), dtype=np.uint8))

@@ -111,7 +111,7 @@ class NewToken:
         long = max(range(len(prompts)), key=lengths.__getitem__)
         if lengths[long] > most:
             raise UserError(
-                f"customize.prompts: '{prompts[long]}' has {lengths[long]} tokens, this experiment's captions have "
+                f"customize: the prompt '{prompts[long]}' has {lengths[long]} tokens, this experiment's captions have "
                 f"{most}; shorten it or raise encode.tokens."
             )
 

@@ -195,15 +195,19 @@ def _scores(layout: Layout, method: str, queries: list[str], device: str) -> dic
             features.fit()
     variant = source.options.variant
     if variant and variant.startswith("tune-"):
-        curvature = layout.config.unlearn[variant].curvature
-        if curvature != "none" and not _is_fitted(layout, curvature):
-            fit(layout, curvature, device)
+        fit_missing(layout, layout.config.unlearn[variant].curvature, device)
         for query in queries:
             if not Path(layout.unlearned(variant, query)["losses"]).exists():
                 unlearn_query(layout, variant, query, device)
             if not Path(layout.scan(variant, query)).exists():
                 scan(layout, variant, query, device)
     return source.scores_of(queries)
+
+
+def fit_missing(layout: Layout, curvature: str, device: str) -> None:
+    """Fit a curvature that no earlier run has left for this model and these settings; ``none`` is none."""
+    if curvature != "none" and not _is_fitted(layout, curvature):
+        fit(layout, curvature, device)
 
 
 def _is_fitted(layout: Layout, curvature: str) -> bool:

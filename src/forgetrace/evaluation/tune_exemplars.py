@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from forgetrace.artifacts import fingerprint, provenance, read_json, write_json
+from forgetrace.artifacts import fingerprint, provenance, read_json, stage_versions, write_json
 from forgetrace.attribution.candidates import Candidates, candidates, discard, exemplar_ids, validation_images
 from forgetrace.attribution.ranking import rank
 from forgetrace.attribution.registry import attributor
@@ -18,7 +18,7 @@ from forgetrace.attribution.retrieve import scan_missing
 from forgetrace.attribution.unlearning import Unlearning
 from forgetrace.encoding.store import load_encoded
 from forgetrace.evaluation.retrieval import average_precision
-from forgetrace.evaluation.tune import trial, underlying
+from forgetrace.evaluation.tune import fit_missing, trial, underlying
 from forgetrace.layout import Layout
 
 COLUMNS = ["value", "model", "query", "ap"]
@@ -48,6 +48,8 @@ def tune_on_exemplars(
     queries = defaultdict(list)
     for model, query in validation_images(layout, count):
         queries[model].append(query)
+    for tried in trials.values():
+        fit_missing(layout, _curvature(tried, method), device)
     found = {}
     for model, own_queries in queries.items():
         own = None
@@ -75,13 +77,24 @@ def _together(layout: Layout, method: str, trials: dict[str, Layout]) -> Layout:
     return replace(layout, config=layout.config.model_copy(update={"score": score, "unlearn": variants}))
 
 
+def _curvature(tried: Layout, method: str) -> str:
+    """The curvature of the base model that a method weighs by, or ``none``."""
+    entry = tried.config.score.methods[method]
+    if (entry.attributor or method) == "influence":
+        return entry.curvature or "diagonal"
+    variant = tried.config.unlearn.get(entry.variant or method)
+    return variant.curvature if variant else "none"
+
+
 def _kept(tried: Layout, method: str, model: str, query: str) -> str:
     """Where the result of a value and an image is kept; named by all it hangs on."""
     entry = tried.config.score.methods[method]
     variant = tried.config.unlearn.get(entry.variant or method)
     settings = [method, entry.model_dump(mode="json"), variant and variant.model_dump(mode="json"), query]
-    made_by = provenance({}, tried.customized(model))
-    return tried.tuned(fingerprint([settings, underlying(tried), made_by]))
+    curvature = _curvature(tried, method)
+    fitted = {"fitted": tried.fitted(curvature)[0]} if curvature != "none" else {}
+    inputs = provenance({}, tried.customized(model) | fitted)["inputs"]
+    return tried.tuned(fingerprint([settings, underlying(tried), inputs, stage_versions("score")]))
 
 
 def _precision(own: Candidates, method: str, query: str, device: str) -> float:

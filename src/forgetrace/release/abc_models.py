@@ -7,13 +7,14 @@ every weight must be there and must fit.
 
 import os
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from forgetrace.artifacts import UserError, provenance, write_json, write_tensors
-from forgetrace.config import NEW_TOKEN, read_concepts
+from forgetrace.artifacts import UserError, provenance, read_tensors_provenance, write_json, write_tensors
+from forgetrace.config import NAME, NEW_TOKEN, read_concepts
 from forgetrace.release.abc import Case, moved, read_cases, read_listing
 from forgetrace.release.model import AGAIN, load_saved
 
@@ -81,6 +82,9 @@ def _task(path: Path, number: int, entry: dict, cases: list[Case], root: Path) -
         raise UserError(
             f"{path} asks for case {place} of the {len(cases)} in {entry['test_case']} (entry {number}): {AGAIN}."
         )
+    for key in ("synth_image_path", "model_path"):
+        if Path(entry[key]).is_absolute() or ".." in Path(entry[key]).parts:
+            raise UserError(f"{path} has a {key} outside the data (entry {number}, {entry[key]!r}): {AGAIN}.")
     for key in ("prompt", "train_prompt"):
         if TOKEN not in entry[key]:
             raise UserError(f"{path} has a {key} without {TOKEN} (entry {number}, {entry[key]!r}): {AGAIN}.")
@@ -141,22 +145,50 @@ def import_models(path: Path, root: Path, folder: Path) -> int:
     Raises:
         UserError: as :func:`read_tasks`, or a model cannot be read.
     """
-    tasks = read_tasks(path, root)
+    of = defaultdict(list)
+    for task in read_tasks(path, root):
+        of[_name(task, root)].append(task)
+    for name, tasks in of.items():
+        first = tasks[0]
+        if any((task.model, *_truth(task)) != (first.model, *_truth(first)) for task in tasks):
+            raise UserError(
+                f"{path} has tasks of the model {name} with other folders, exemplars or training prompts: {AGAIN}."
+            )
     listed = []
-    for model in sorted({task.model for task in tasks}):
-        own = [task for task in tasks if task.model == model]
-        name = "-".join(re.findall(r"[a-z0-9_]+", model.relative_to(root).as_posix().removeprefix("models/").lower()))
+    for name, tasks in of.items():
+        model = tasks[0].model
         files = {"weights": f"{name}/weights.safetensors", "token": f"{name}/token.safetensors"}
-        if not (folder / files["token"]).exists():
-            made_by = provenance({}, {"weights": model / WEIGHTS, "token": model / f"{TOKEN}.bin"})
+        made_by = provenance({}, {"weights": model / WEIGHTS, "token": model / f"{TOKEN}.bin"})
+        if not _is_converted(folder / files["token"], made_by):
             write_tensors(folder / files["weights"], read_customised(model), made_by)
             write_tensors(folder / files["token"], {"token": read_token(model)}, made_by)
-        listed.append(_listed(name, own, folder) | files)
+        listed.append(_listed(name, tasks, root, folder) | files)
     write_json(folder / "concepts.json", listed)
     return len(read_concepts((folder / "concepts.json").as_posix()))
 
 
-def _listed(name: str, tasks: list[Task], folder: Path) -> dict:
+def _name(task: Task, root: Path) -> str:
+    """A model's name in paths, from its folder below ``models/``."""
+    name = task.model.relative_to(root).as_posix().removeprefix("models/").lower().replace("/", "-")
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"{task.model}: its name cannot be one of a customised model; rename the folder to letters.")
+    return name
+
+
+def _truth(task: Task) -> tuple[list[Path], str]:
+    """What all tasks of a model have in common."""
+    return task.exemplars, task.training_prompt
+
+
+def _is_converted(token: Path, made_by: dict) -> bool:
+    """Whether the token, which is written last, is there and of the same published files."""
+    try:
+        return read_tensors_provenance(token)["inputs"] == made_by["inputs"]
+    except (UserError, KeyError):
+        return False
+
+
+def _listed(name: str, tasks: list[Task], root: Path, folder: Path) -> dict:
     """An entry of the list: one exemplar makes an object, several a style; GPT's prompts are free sentences."""
     first = tasks[0]
     return {
@@ -168,7 +200,7 @@ def _listed(name: str, tasks: list[Task], folder: Path) -> dict:
         ],
         "queries": [
             {
-                "manner": "free" if "gpt" in task.image.parts else "template",
+                "manner": "free" if "gpt" in task.image.relative_to(root).parts else "template",
                 "prompt": task.prompt.replace(TOKEN, NEW_TOKEN),
                 "image": _relative(task.image, folder),
             }
@@ -178,4 +210,5 @@ def _listed(name: str, tasks: list[Task], folder: Path) -> dict:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
+    # Of what links point to: the system follows them before it goes up.
+    return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(folder))).as_posix()

@@ -35,7 +35,7 @@ class Course:
         steps: number of steps, at most.
         draws: draws of (t, ε) per gradient; every step draws afresh.
         growth: every step is so many times as long as the one before.
-        rise: the steps end when the query's loss is so many times what it was; None: after all.
+        rise: the steps end when the query's loss is found to be so many times what it was; None: after all.
     """
 
     steps: int
@@ -173,7 +173,7 @@ def ascend(
     for i in range(course.steps):
         numbers = range(i * course.draws, (i + 1) * course.draws)
         step(query_gradient(unet, scheduler, query, names, numbers, seed), i)
-        if enough and (i + 1) % LOOK_EVERY == 0 and loss() >= enough:
+        if enough and ((i + 1) % LOOK_EVERY == 0 or i + 1 == course.steps) and loss() >= enough:
             break
     else:
         if enough:
