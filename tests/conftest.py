@@ -123,24 +123,13 @@ def _make_quick(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("forgetrace.unlearning.step.query_loss.__defaults__", (100,))
 
 
-# Whole workflows, which take longest, first; each is run by one process alone.
-GROUPS = ("test_smoke_run.py", "test_miniature.py", "test_customized.py", "test_slurm.py", "test_regions.py")
+# Whole workflows: what takes longest comes first, so that no process of pytest-xdist is left alone with it.
+LONGEST = ("test_smoke_run.py", "test_miniature.py", "test_customized.py", "test_slurm.py", "test_regions.py")
 
 
-# First, because pytest-xdist reads the groups in a hook of the same name.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file of tests/workflow stay together, as do all that look at the smoke run (pytest-xdist)."""
-
-    def order(item: pytest.Item) -> int:
-        group = item.get_closest_marker("xdist_group")
-        return GROUPS.index(group.args[0]) if group and group.args[0] in GROUPS else len(GROUPS)
-
-    for item in items:
-        if item.path.parent.name == "workflow":
-            group = GROUPS[0] if "smoke" in item.fixturenames else item.path.name
-            item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=order)
+    """Order the files; the tests of a file keep theirs."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
