@@ -87,9 +87,7 @@ def test_an_edited_list_is_read_again(tmp_path):
 
 def test_features_cannot_be_learned_from_a_list_of_test_models(tmp_path):
     settings = Customize(given=write(tmp_path, ENTRY))
-    with pytest.raises(
-        UserError, match=r"needs two validation models at least, of the kinds style, and has 0"
-    ):
+    with pytest.raises(UserError, match=r"needs two validation models at least, of the kinds style, and has 0"):
         check_learnable(settings, 0, ["style"])
 
 
