@@ -42,8 +42,9 @@ experiment:
 reproduce: environment experiment ## the whole experiment, or what is still missing of it
 	python workflow/scripts/start_run.py $(CONFIG) all
 
+# Two processes, each with whole files (--dist loadgroup does nothing with pytest 9.2); more would wait for the longest.
 test: environment ## all tests
-	python -m pytest $(PYTEST)
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 bench: environment experiment ## speed and memory against plain references; BENCH="scan fisher" measures some
 	python -m benchmarks --config $(CONFIG) $(BENCH)

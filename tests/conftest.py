@@ -123,6 +123,15 @@ def _make_quick(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("forgetrace.unlearning.step.query_loss.__defaults__", (100,))
 
 
+# Whole workflows: what takes longest comes first, so that no process of pytest-xdist is left alone with it.
+LONGEST = ("test_smoke_run.py", "test_miniature.py", "test_customized.py", "test_slurm.py", "test_regions.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files; the tests of a file keep theirs."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
     """The tiny experiment's files, made once; not to be changed."""
