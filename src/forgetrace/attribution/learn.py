@@ -10,15 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from forgetrace.artifacts import (
-    provenance,
-    read_image,
-    read_json,
-    read_table,
-    write_json,
-    write_table,
-    write_tensors,
-)
+from forgetrace.artifacts import provenance, read_image, read_json, read_table, write_json, write_table, write_tensors
 from forgetrace.attribution.calibration import Calibration, calibrate
 from forgetrace.attribution.candidates import exemplar_ids
 from forgetrace.attribution.heads import Heads, learning

@@ -66,10 +66,7 @@ def rank_for(own: Candidates, method: str, queries: list[str], device: str = "au
         key = scanned_with(own, source, query)
         if _is_made(own.score(method, query), key):
             continue
-        if isinstance(source, Unlearning):
-            scan_missing(own, source, [query], device)
-        else:
-            scan_base(own, device)
+        scan_for(own, source, query, device)
         score(own, method, query, device, key)
 
 
@@ -78,7 +75,7 @@ def scanned_with(own: Candidates, source: Attributor, query: str) -> str:
     config, settings = own.config, [source.options.model_dump()]
     files = [own.weights, own.encode_manifest, own.query(query)["tensors"]]
     if isinstance(source, Unlearning):
-        variant = config.unlearn[source.options.variant or source.method]
+        variant = config.unlearn[source.variant]
         settings.append(variant.model_dump())
         files += own.fitted(variant.curvature)[:1] if variant.curvature != "none" else []
     settings += [config.seed, config.scan.of_base()]
@@ -94,19 +91,11 @@ def _is_made(path: str, key: str) -> bool:
         return False
 
 
-def scan_missing(own: Candidates, source: Unlearning, queries: list[str], device: str) -> None:
-    """Unlearn each query and scan all candidates, the customised model itself first."""
-    variant = source.options.variant or source.method
-    scan_base(own, device)
-    for query in queries:
-        if Path(own.scan(variant, query)).exists():
-            continue
-        if not Path(own.unlearned(variant, query)["losses"]).exists():
-            unlearn_query(own, variant, query, device)
-        scan(own, variant, query, device)
-
-
-def scan_base(own: Candidates, device: str) -> None:
-    """Scan all candidates under the customised model itself, once."""
-    if not Path(own.base_scan).exists():
+def scan_for(own: Candidates, source: Attributor, query: str, device: str) -> None:
+    """Make the scans that a method asks of a query and that are not there: of the model itself, and unlearned."""
+    if own.base_scan in source.inputs(query) and not Path(own.base_scan).exists():
         scan(own, device=device)
+    if isinstance(source, Unlearning) and not Path(own.scan(source.variant, query)).exists():
+        if not Path(own.unlearned(source.variant, query)["losses"]).exists():
+            unlearn_query(own, source.variant, query, device)
+        scan(own, source.variant, query, device)

@@ -33,9 +33,14 @@ class Unlearning(Attributor):
         if config.score.methods[method].flips and not config.encode.flips:
             raise UserError(f"score.methods.{method}.flips has no effect without encode.flips: remove the key.")
 
+    @property
+    def variant(self) -> str:
+        """How the query is unlearned: a name of the section ``unlearn``."""
+        return self.options.variant or self.method
+
     def inputs(self, query: str) -> list[str]:
         """The scan of θ0 and the one of the unlearned weights."""
-        return [self.layout.base_scan, self.layout.scan(self.options.variant or self.method, query)]
+        return [self.layout.base_scan, self.layout.scan(self.variant, query)]
 
     def scores(self, query: str) -> np.ndarray:
         """Mean over draws of the chosen score; of an image and its mirror image the larger, or the mean."""

@@ -161,8 +161,12 @@ def given_files(settings: Customize, model: str) -> list[str]:
     """The files of one's own that a model is made from; none of a concept that is drawn here."""
     if not settings.given:
         return []
-    folder = Path(settings.given).parent
-    return [(folder / file).as_posix() for file in read_concepts(settings.given)[model].files]
+    return [_beside(settings.given, file) for file in read_concepts(settings.given)[model].files]
+
+
+def _beside(path: str, file: str) -> str:
+    """A file as a list names it: where that lies, unless the name says where."""
+    return (Path(path).parent / file).as_posix()
 
 
 def shaping(settings: Customize, model: str) -> dict:
@@ -200,14 +204,11 @@ def concept(name: str, settings: Customize, seed: int, size: int) -> Concept:
 
 
 def _given(path: str, listed: GivenConcept, size: int) -> Concept:
-    """A concept of one's own; its files lie beside the list or where that says."""
-
-    def file(name: str | None) -> str | None:
-        return name and (Path(path).parent / name).as_posix()
-
-    exemplars = [Exemplar(read_square(file(entry.image), size), entry.prompt) for entry in listed.exemplars]
-    shown = [read_square(file(query.image), size) for query in listed.queries if query.image]
-    return Concept(listed.model, listed.kind, exemplars, file(listed.weights), file(listed.token), shown or None)
+    """A concept of one's own."""
+    exemplars = [Exemplar(read_square(_beside(path, entry.image), size), entry.prompt) for entry in listed.exemplars]
+    shown = [read_square(_beside(path, query.image), size) for query in listed.queries if query.image]
+    finished = [file and _beside(path, file) for file in (listed.weights, listed.token)]
+    return Concept(listed.model, listed.kind, exemplars, *finished, queries=shown or None)
 
 
 def _filled(template: str, **values: str) -> str:

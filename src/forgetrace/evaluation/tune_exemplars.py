@@ -14,8 +14,7 @@ from forgetrace.artifacts import fingerprint, provenance, read_json, stage_versi
 from forgetrace.attribution.candidates import Candidates, candidates, discard, exemplar_ids, validation_images
 from forgetrace.attribution.ranking import rank
 from forgetrace.attribution.registry import attributor
-from forgetrace.attribution.retrieve import scan_missing
-from forgetrace.attribution.unlearning import Unlearning
+from forgetrace.attribution.retrieve import scan_for
 from forgetrace.encoding.store import load_encoded
 from forgetrace.evaluation.retrieval import average_precision
 from forgetrace.evaluation.tune import fit_missing, trial, underlying
@@ -50,7 +49,7 @@ def tune_on_exemplars(
         queries[model].append(query)
     for tried in trials.values():
         fit_missing(layout, _curvature(tried, method), device)
-    found = {}
+    rows = {value: [] for value in values}
     for model, own_queries in queries.items():
         own = None
         for value, tried in trials.items():
@@ -59,11 +58,10 @@ def tune_on_exemplars(
                 if not Path(path).exists():
                     own = own or candidates(together, model, list(trials))
                     write_json(path, {"ap": _precision(own, value, query, device)})
-                found[value, model, query] = read_json(path)["ap"]
+                rows[value].append((value, model, query, read_json(path)["ap"]))
         if own:
             discard(own)
-    rows = [(value, *image, ap) for value in trials for (of, *image), ap in found.items() if of == value]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame([row for own_rows in rows.values() for row in own_rows], columns=COLUMNS)
 
 
 def _together(layout: Layout, method: str, trials: dict[str, Layout]) -> Layout:
@@ -100,8 +98,7 @@ def _kept(tried: Layout, method: str, model: str, query: str) -> str:
 def _precision(own: Candidates, method: str, query: str, device: str) -> float:
     """Average precision of the exemplars by one method."""
     source = attributor(own, method, device)
-    if isinstance(source, Unlearning):
-        scan_missing(own, source, [query], device)
+    scan_for(own, source, query, device)
     ranks = rank(load_encoded(own).image_ids, source.scores_of([query])[query]).set_index("image_id")["rank"]
     count = len(read_json(own.base.customized(own.concept)["record"])["exemplars"])
     return average_precision(ranks.loc[exemplar_ids(own.concept, count)].to_numpy())

@@ -149,8 +149,7 @@ def import_models(path: Path, root: Path, folder: Path) -> int:
     for task in read_tasks(path, root):
         of[_name(task, root)].append(task)
     for name, tasks in of.items():
-        first = tasks[0]
-        if any((task.model, *_truth(task)) != (first.model, *_truth(first)) for task in tasks):
+        if any(_truth(task) != _truth(tasks[0]) for task in tasks):
             raise UserError(
                 f"{path} has tasks of the model {name} with other folders, exemplars or training prompts: {AGAIN}."
             )
@@ -175,9 +174,9 @@ def _name(task: Task, root: Path) -> str:
     return name
 
 
-def _truth(task: Task) -> tuple[list[Path], str]:
+def _truth(task: Task) -> tuple[Path, list[Path], str]:
     """What all tasks of a model have in common."""
-    return task.exemplars, task.training_prompt
+    return task.model, task.exemplars, task.training_prompt
 
 
 def _is_converted(token: Path, made_by: dict) -> bool:
