@@ -92,6 +92,9 @@ def test_all_wrong_keys_are_named_at_once():
             for name in ("draw0", "pool0", "pool12")
         ),
         ({"retrain": {"queries": 5}}, "retrain.queries: the experiment has only 4"),
+        ({"retrain": {"queries": ["report-09"]}}, "retrain.queries: there is no query 'report-09'"),
+        ({"retrain": {"queries": ["report-00", "report-00"]}}, "retrain.queries: a query occurs twice"),
+        ({"retrain": {"queries": []}}, "retrain.queries"),
         ({"retrain": {"pools": 3, "pooled_k": [9], "queries": 2}}, "retrain.pools: only 2 queries are judged"),
         ({"retrain": {"pools": 2}}, "retrain.pools and retrain.pooled_k go together"),
         ({"retrain": {"pooled_k": [9]}}, "retrain.pools and retrain.pooled_k go together"),
@@ -158,6 +161,12 @@ def test_queries_that_are_not_judged_come_last():
     config = parse(synthesize={"queries": [{"pool": "tuning", "count": 3}]}, retrain={"queries": 2})
     assert config.judged_queries() == ["tuning-00", "tuning-01"]
     assert parse(retrain={"queries": None}).judged_queries() == parse().queries()
+
+
+def test_judged_queries_can_be_named():
+    named = ["tuning-02", "tuning-00"]
+    config = parse(synthesize={"queries": [{"pool": "tuning", "count": 3}]}, retrain={"queries": named})
+    assert config.judged_queries() == named
 
 
 @given(steps=st.integers(1, 3000), count=st.integers(1, 20))

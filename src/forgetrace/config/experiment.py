@@ -107,8 +107,7 @@ class Config(Section):
         self._check_regions()
         if self.evaluate.others and not (self.unlearn and self.forgotten_queries()):
             raise ValueError("evaluate.others: there is no unlearning variant, or no generated query, to look at")
-        if (self.retrain.queries or 0) > len(names):
-            raise ValueError(f"retrain.queries: the experiment has only {len(names)}")
+        self._check_judged(names)
         if self.retrain.pools > len(self.judged_queries()):
             raise ValueError(f"retrain.pools: only {len(self.judged_queries())} queries are judged")
         if bool(self.retrain.pools) != bool(self.retrain.pooled_k):
@@ -126,6 +125,15 @@ class Config(Section):
                     f"synthesize.queries: the pool '{pool.pool}' has only {size} captions, not {pool.count}"
                 )
         return self
+
+    def _check_judged(self, names: list[str]) -> None:
+        asked = self.retrain.queries
+        if isinstance(asked, int) and asked > len(names):
+            raise ValueError(f"retrain.queries: the experiment has only {len(names)}")
+        if isinstance(asked, list) and (unknown := [query for query in asked if query not in names]):
+            raise ValueError(f"retrain.queries: there is no query '{unknown[0]}' ({', '.join(names)})")
+        if isinstance(asked, list) and len(set(asked)) != len(asked):
+            raise ValueError("retrain.queries: a query occurs twice")
 
     def _check_regions(self) -> None:
         """Refuse regions of unknown queries, and precision where nothing tells what is in a region."""
@@ -192,7 +200,10 @@ class Config(Section):
 
     def judged_queries(self) -> list[str]:
         """Names of the queries with leave-K-out models; none where no model can be trained."""
-        return self.queries()[: self.retrain.queries] if self.leaves_out else []
+        if not self.leaves_out:
+            return []
+        asked = self.retrain.queries
+        return asked if isinstance(asked, list) else self.queries()[:asked]
 
     def origin(self, query: str) -> str:
         """Where a query is from: its caption pool (tuning or report), ``own`` for an image that was given."""

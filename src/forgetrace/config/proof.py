@@ -1,6 +1,6 @@
 """The sections ``retrain``, ``evaluate`` and ``figures``: whether a ranking is true."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,10 +15,11 @@ class Retrain(Section):
     random_draws: Positive = Field(3, description="Random sets per K, shared by all queries.")
     seeds: int = Field(2, ge=0, description="Retrainings on all images with other seeds: the noise floor.")
     keep_weights: bool = Field(False, description="Keep the weights of models whose measurements are kept anyway.")
-    queries: Positive | None = Field(
+    queries: Positive | Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
-        description="How many queries, in the order of the config, are judged by leaving images out (null: all). "
-        "Those that remain serve the linear datamodeling score alone, such as queries that settings are chosen on.",
+        description="Queries judged by leaving images out: how many, in the order of the config, or a list of their "
+        "names (null: all). Those that remain serve the linear datamodeling score alone, such as queries that settings "
+        "are chosen on.",
         exclude_if=unused,
     )
     subsets: int = Field(
