@@ -11,12 +11,12 @@ from forgetrace.evaluation.tables import _values
 from . import synthetic
 
 CAPTIONS = [
-    "a red seven left of a green three on a white background",
-    "a red seven left of a blue one on a black background",
-    "a blue seven left of a green seven on a white background",
-    "a green three left of a red three on a white background",
+    "a red seven left of a blue three",
+    "a red seven left of a red one",
+    "a blue seven left of a blue seven",
+    "a blue three left of a red three",
 ]
-PROMPT = facts("a red seven left of a green three on a black background")
+PROMPT = facts("a red seven left of a blue three")
 
 
 def of(top: list[int], region: str) -> dict[str, tuple]:
