@@ -1,8 +1,8 @@
 """Two digits side by side, each in its own ink: what one half of a picture owes to which images can be told.
 
-Every digit of :mod:`forgetrace.datasets.digits` stands once on the left and once on the right of a white picture 16 high
-and 32 wide, and the caption names both: ``a red seven left of a blue three``. Digit and ink of each side are all there is
-to say, so the caption is the ground truth (:func:`facts`). There are two inks and one background because a small model
+Every digit of :mod:`forgetrace.datasets.digits` stands once on the left and once on the right of a white picture, 16
+high and 32 wide, and the caption names both: ``a red seven left of a blue three``. Digit and ink of each side are all
+there is to say, so the caption is the ground truth (:func:`facts`). There are two inks and one background because a small model
 follows such captions after some thousand steps; with four inks on two backgrounds it drew colours and no digits.
 """
 
