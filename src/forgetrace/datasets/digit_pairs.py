@@ -2,8 +2,9 @@
 
 Every digit of :mod:`forgetrace.datasets.digits` stands once on the left and once on the right of a white picture, 16
 high and 32 wide, and the caption names both: ``a red seven left of a blue three``. Digit and ink of each side are all
-there is to say, so the caption is the ground truth (:func:`facts`). There are two inks and one background because a small model
-follows such captions after some thousand steps; with four inks on two backgrounds it drew colours and no digits.
+there is to say, so the caption is the ground truth (:func:`facts`). There are two inks and one background because a
+small model follows such captions after two thousand steps; with four inks on two backgrounds it drew colours and no
+digits after three thousand.
 """
 
 import re
