@@ -127,22 +127,20 @@ class Config(Section):
         return self
 
     def _check_judged(self, names: list[str]) -> None:
+        """Refuse more queries to judge than there are, unknown ones, and one twice."""
         asked = self.retrain.queries
-        if isinstance(asked, int) and asked > len(names):
-            raise ValueError(f"retrain.queries: the experiment has only {len(names)}")
-        if isinstance(asked, list) and (unknown := [query for query in asked if query not in names]):
-            raise ValueError(f"retrain.queries: there is no query '{unknown[0]}' ({', '.join(names)})")
-        if isinstance(asked, list) and len(set(asked)) != len(asked):
+        if not isinstance(asked, list):
+            if (asked or 0) > len(names):
+                raise ValueError(f"retrain.queries: the experiment has only {len(names)}")
+            return
+        _refuse_unknown("retrain.queries", asked, names)
+        if len(set(asked)) != len(asked):
             raise ValueError("retrain.queries: a query occurs twice")
 
     def _check_regions(self) -> None:
         """Refuse regions of unknown queries, and precision where nothing tells what is in a region."""
         for name, region in self.synthesize.regions.items():
-            if unknown := sorted(set(region.queries or []) - set(self.whole_queries())):
-                raise ValueError(
-                    f"synthesize.regions.{name}.queries: there is no query '{unknown[0]}' "
-                    f"(there are {', '.join(self.whole_queries())})"
-                )
+            _refuse_unknown(f"synthesize.regions.{name}.queries", region.queries or [], self.whole_queries())
         if self.evaluate.precision_k and (
             self.prepare.dataset != "digit-pairs" or set(self.synthesize.regions) != {"left", "right"}
         ):
@@ -270,6 +268,12 @@ def parse_config(content: dict, path: str | Path) -> Config:
     except ValidationError as error:
         lines = "; ".join(_sentence(problem) for problem in error.errors())
         raise UserError(f"{path}: {lines} (every key is explained in config/README.md).") from None
+
+
+def _refuse_unknown(key: str, asked: list[str], known: list[str]) -> None:
+    """Refuse queries that a key names and that are not among those it can name."""
+    if unknown := sorted(set(asked) - set(known)):
+        raise ValueError(f"{key}: there is no query '{unknown[0]}' (there are {', '.join(known)})")
 
 
 def _sentence(problem: dict) -> str:
