@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.report import machine
-from benchmarks.startup import elapsed
+from benchmarks.startup import AS_A_JOB, elapsed
 from benchmarks.workers import cores
 from forgetrace.artifacts import write_json
 
@@ -27,7 +27,7 @@ DEFINITION = (
     " idle cores count as outside"
 )
 # What the heaviest stages import before they compute; of a light one it takes too much rather than too little.
-IMPORTS = "import forgetrace.counterfactual.retrain, forgetrace.attribution.scan"
+IMPORTS = f"{AS_A_JOB}; import forgetrace.counterfactual.retrain, forgetrace.attribution.scan"
 
 
 def jobs(timings: Path) -> dict[str, float]:

@@ -8,10 +8,11 @@ import time
 from benchmarks.report import Reading, quartiles
 from benchmarks.settings import Settings
 
+AS_A_JOB = "from forgetrace.imports import lean_diffusers; lean_diffusers()"
 COMMANDS = {
     "help": (["-m", "forgetrace.cli", "--help"], "<= 0.5"),
-    "scan-imports": (["-c", "import forgetrace.attribution.scan"], None),
-    "training-imports": (["-c", "import forgetrace.diffusion.base"], None),
+    "scan-imports": (["-c", f"{AS_A_JOB}; import forgetrace.attribution.scan"], None),
+    "training-imports": (["-c", f"{AS_A_JOB}; import forgetrace.diffusion.base"], None),
 }
 
 

@@ -12,6 +12,7 @@ PROMPTS = {
     "object": {"exemplar": "a V*", "template": ["a red V*"], "free": ["my V*"]},
     "style": {"exemplar": "V* style", "template": ["one V*"], "free": ["V* two"]},
 }
+WITH_CONTROLS = {kind: own | {"plain": ["a zero"]} for kind, own in PROMPTS.items()}
 CUSTOMIZE = {
     "objects": {"test": 2, "validation": 2, "train": 2},
     "styles": {"test": 2},

@@ -56,6 +56,8 @@ def test_parts_names_and_files(tmp_path):
         ([ENTRY | {"weights": "w"}], "weights and token go together"),
         ([ENTRY | {"queries": [{"prompt": "V*", "image": "a.png"}]}], "need the weights of the model"),
         ([ENTRY | {"queries": [{"prompt": "no token"}]}], r"'no token' lacks the new token V\*"),
+        ([ENTRY | {"queries": [{"prompt": "V*", "manner": "plain"}]}], r"'V\*' holds the new token V\*"),
+        ([ENTRY | {"queries": [{"prompt": "one", "manner": "plain"}]}], r"give prompts with V\*"),
         ([ENTRY | {"exemplars": []}], r"0\.exemplars"),
     ],
 )

@@ -12,6 +12,7 @@ import typer
 
 from forgetrace.artifacts import UserError
 from forgetrace.attribution.registry import all_features, attributor, check_methods, describe
+from forgetrace.imports import lean_diffusers
 from forgetrace.layout import Layout, load_layout
 
 app = typer.Typer(
@@ -33,6 +34,9 @@ def _experiment(config: Path, query: str | None = None) -> Layout:
     check_methods(layout.config)
     if query is not None and query not in (names := layout.config.queries()):
         raise UserError(f"--query {query}: {config} has no such query (it has {', '.join(names)}).")
+    # Merging a LoRA is what needs all of diffusers. A process that has torch already is somebody else's.
+    if not layout.config.train.lora and "torch" not in sys.modules:
+        lean_diffusers()
     return layout
 
 

@@ -1,8 +1,9 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from forgetrace.artifacts import UserError, read_json, read_table, read_tensors
+from forgetrace.artifacts import UserError, read_json, read_table, read_tensors, sha256_of
 from forgetrace.attribution import learn as module
 from forgetrace.attribution.image_features import EncodedImages
 from forgetrace.attribution.learn import learn
@@ -13,7 +14,7 @@ from forgetrace.encoding.image_encoder import ImageEncoder
 from forgetrace.evaluation import reliability
 from forgetrace.evaluation.retrieval import per_query
 
-from ..customized import customised_layout
+from ..customized import WITH_CONTROLS, customised_layout
 
 ENCODER = ImageEncoder(lambda images: images.reshape(len(images), -1)[:, ::16].astype(np.float32) / 99, lambda x: x, {})
 
@@ -46,7 +47,7 @@ def test_the_heads_that_are_kept_are_those_validation_prefers(layout, monkeypatc
     looks = iter([0.9, 0.5, 0.4])
     monkeypatch.setattr(module.np, "mean", lambda values: next(looks))
     models = {part: [] for part in ("train", "validation")}
-    models["train"] = [module.Model("a", ["q"], torch.rand(1, 4), torch.rand(1, 4)) for _ in range(3)]
+    models["train"] = [module.Model("a", ["q"], torch.rand(1, 4), torch.rand(1, 4), [True]) for _ in range(3)]
     heads, curve = module.fit_heads(layout, models | {"validation": models["train"]}, torch.rand(5, 4), list("vwxyz"))
     assert curve["ap"].tolist() == [0.9, 0.5, 0.4]
     kept = heads.state_dict()
@@ -66,6 +67,27 @@ def test_probabilities_of_a_query_sum_to_one_and_hold_every_exemplar(layout):
     tables = reliability.tables(layout)
     assert set(tables["calibration"]["kind"]) == {"object", "style"}
     assert tables["calibration"]["mass"].between(0, 1).all()
+
+
+def test_controls_are_ranked_for_and_teach_nothing(layout, monkeypatch):
+    learn(layout, "cpu")
+    before = {role: sha256_of(path) for role, path in layout.learned.items() if role != "ranks"}
+    ranks = read_table(layout.learned["ranks"])
+    controlled = customised_layout(
+        monkeypatch,
+        customize={"prompts": WITH_CONTROLS},
+        learn={"steps": 4, "every": 2},
+        score={"methods": {"random": {}}},
+    )
+    for part in names(layout.config.customize, 5).values():
+        for model in part:
+            customize(controlled, model, "cpu")
+    learn(controlled, "cpu")
+    assert before == {role: sha256_of(layout.learned[role]) for role in before}
+    found = read_table(layout.learned["ranks"])
+    control = found["query"].str.endswith("-02")
+    assert set(found.loc[control, "model"]) == set(found["model"])
+    pd.testing.assert_frame_equal(found[~control].reset_index(drop=True), ranks)
 
 
 def test_it_has_a_row_beside_the_methods_that_ranked(layout):

@@ -20,10 +20,16 @@ from forgetrace.artifacts import (
 )
 from forgetrace.attribution import retrieve as module
 from forgetrace.attribution.asked import asked, customised_files
-from forgetrace.attribution.candidates import candidates, discard, exemplar_ids, validation_subjects
+from forgetrace.attribution.candidates import (
+    candidates,
+    discard,
+    exemplar_ids,
+    validation_images,
+    validation_subjects,
+)
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.retrieve import retrieve
-from forgetrace.datasets.concepts import names
+from forgetrace.datasets.concepts import names, query_manners
 from forgetrace.diffusion.customization import customize
 from forgetrace.diffusion.synthesis import generate
 from forgetrace.encoding.store import load_encoded
@@ -31,7 +37,7 @@ from forgetrace.unlearning.sweep import sweep
 from forgetrace.unlearning.variants import read_query, unlearn_query
 
 from ..conftest import in_child
-from ..customized import customised_layout
+from ..customized import WITH_CONTROLS, customised_layout
 
 METHODS = {"unlearn": {"attributor": "unlearning"}, "pixel": {}, "text": {}, "unet-features": {"noises": 2}}
 METHODS |= {"influence": {"timesteps": 2, "weights": "cross-attn-kv"}, "random": {}}
@@ -99,11 +105,10 @@ def test_the_attributed_model_is_the_customised_one(layout):
 def test_every_method_ranks_the_base_set_and_the_exemplars(layout):
     retrieve(layout, style(layout), "cpu")
     found = read_table(layout.ranks(style(layout)))
-    queries = [entry["query"] for entry in read_json(layout.customized(style(layout))["record"])["queries"]]
     assert found.groupby("method")["query"].nunique().to_dict() == {
         "unlearn": 2, "pixel": 2, "text": 2, "unet-features": 2, "influence": 1, "random": 2,
     }  # fmt: skip
-    for method, own in asked(layout, style(layout), queries).items():
+    for method, own in asked(layout, style(layout), query_manners(layout.config.customize, style(layout))).items():
         for query in own:
             table = read_table(layout.retrieved(style(layout), method, query))
             assert len(table) == 40 + 3
@@ -112,6 +117,30 @@ def test_every_method_ranks_the_base_set_and_the_exemplars(layout):
                 image: int(table.index[table["image_id"] == image][0]) + 1 for image in exemplar_ids(style(layout), 3)
             }
     assert not Path(layout.checkpoints(f"retrieve/{style(layout)}")).exists()
+
+
+def test_every_control_is_ranked_for_beside_images_that_are_not_made_anew(layout, monkeypatch):
+    model = style(layout)
+    retrieve(layout, model, "cpu")
+    before = {query: sha256_of(layout.retrieved(model, "unlearn", query)) for query in (f"{model}-00", f"{model}-01")}
+    controlled = customised_layout(
+        monkeypatch, customize={"prompts": WITH_CONTROLS}, score={"methods": METHODS}, retrieve=COSTLY
+    )
+    customize(controlled, model, "cpu")
+    retrieve(controlled, model, "cpu")
+    found = read_table(controlled.ranks(model))
+    control = f"{model}-02"
+    assert set(found.loc[found["query"] == control, "method"]) == set(METHODS)
+    assert set(found.loc[found["method"] == "influence", "query"]) == {f"{model}-00", control}
+    assert before == {query: sha256_of(layout.retrieved(model, "unlearn", query)) for query in before}
+
+
+def test_settings_are_not_chosen_on_controls(monkeypatch, tiny):
+    layout = customised_layout(monkeypatch, customize={"prompts": WITH_CONTROLS})
+    images = validation_images(layout, 4)
+    assert {query[-2:] for _, query in images} == {"00", "01"}
+    with pytest.raises(UserError, match="validation models make 4 images"):
+        validation_images(layout, 5)
 
 
 def test_a_killed_run_goes_on_with_the_query_it_was_at_and_ends_the_same(layout, monkeypatch):

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from forgetrace.artifacts import UserError
 from forgetrace.config import Counts, Customize
-from forgetrace.datasets.concepts import GLYPHS, STYLES, concept, glyph, names
+from forgetrace.datasets.concepts import GLYPHS, STYLES, concept, glyph, names, of_concept, query_manners
 from forgetrace.datasets.digits import BACKGROUNDS, INKS
 
 PROMPTS = {
@@ -24,6 +25,30 @@ def test_parts_are_disjoint_and_grow_without_changing_each_other():
     assert (more["test"], more["validation"]) == (few["test"], few["validation"])
     assert more["train"][:5] == few["train"]
     assert names(settings(), 1) != names(settings(), 0)
+
+
+def test_controls_stand_behind_all_other_prompts():
+    prompts = PROMPTS | {"object": {"exemplar": "V*", "free": ["V* one", "two V*"], "plain": ["a zero"]}}
+    manners = query_manners(settings(prompts=prompts), "object-king")
+    assert manners == {"object-king-00": "free", "object-king-01": "free", "object-king-02": "plain"}
+    assert of_concept(manners) == ["object-king-00", "object-king-01"]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"free": ["V*"], "plain": ["a V*"]}, r"'a V\*' holds the new token V\*"),
+        ({"free": ["a zero"]}, r"'a zero' lacks the new token V\*"),
+        ({"plain": ["a zero"]}, r"give prompts with V\*"),
+    ],
+)
+def test_prompts_hold_the_new_token_and_controls_do_without(own, message):
+    with pytest.raises(ValidationError, match=message):
+        settings(prompts=PROMPTS | {"object": {"exemplar": "V*"} | own})
+
+
+def test_without_controls_a_finished_model_stays_as_it_is():
+    assert "plain" not in settings().model_dump()["prompts"]["object"]
 
 
 def test_all_concepts_there_are_can_be_asked_for_and_no_more():

@@ -26,7 +26,7 @@ from forgetrace.diffusion.synthesis import generate
 from forgetrace.encoding.store import load_encoded
 
 from ..conftest import in_child
-from ..customized import CUSTOMIZE, customised_layout
+from ..customized import CUSTOMIZE, WITH_CONTROLS, customised_layout
 
 
 @pytest.fixture
@@ -68,6 +68,19 @@ def test_the_record_and_the_arrays_are_of_the_images_beside_them(layout):
     unet = customization.load_unet(layout, torch.device("cpu"), changed=files["weights"])
     again = generate(layout, unet, queries["initial_noise"], queries["prompts"])
     np.testing.assert_array_equal(again, queries["latents"])
+
+
+def test_controls_change_no_other_image(layout, monkeypatch):
+    model = names(layout.config.customize, 5)["test"][0]
+    customize(layout, model, "cpu")
+    before = read_arrays(layout.customized(model)["queries"])
+    controlled = customised_layout(monkeypatch, customize={"prompts": WITH_CONTROLS})
+    customize(controlled, model, "cpu")
+    after, record = read_arrays(controlled.customized(model)["queries"]), read_json(layout.customized(model)["record"])
+    for role, values in before.items():
+        np.testing.assert_array_equal(after[role][:2], values)
+    assert len(after["latents"]) == 3
+    assert (record["queries"][2]["manner"], record["queries"][2]["prompt"]) == ("plain", "a zero")
 
 
 def test_a_second_run_and_one_after_a_kill_write_the_same(layout):

@@ -74,6 +74,17 @@ def test_a_method_of_some_queries_has_rows_of_the_subset_beside_all_others_there
     assert row(found, queries="subset", manner="all", method="costly").mean == pytest.approx(0.3)
 
 
+def test_controls_are_in_rows_of_their_own():
+    values = table({"a": {"m0": [1.0, 0.5], "m1": [0.5, 1.0]}, "b": {"m0": [0.25, 0.5], "m1": [0.5, 0.25]}})
+    controls = table({"a": {"m0": [0.1], "m1": [0.3]}, "b": {"m0": [0.75], "m1": [0.75]}})
+    both = pd.concat([values, controls.assign(manner="plain", query=controls["model"] + "-control")])
+    found = summary(both, 100, 0)
+    assert row(found, queries="all", manner="plain", method="a").mean == pytest.approx(0.2)
+    assert row(found, queries="subset", manner="plain", method="b").n_queries == 2
+    pd.testing.assert_frame_equal(found[found["manner"] != "plain"].reset_index(drop=True), summary(values, 100, 0))
+    pd.testing.assert_frame_equal(comparisons(both, 100, 0), comparisons(values, 100, 0))
+
+
 def test_comparisons_are_paired_by_model():
     values = {f"m{i}": [0.1 * i] for i in range(8)}
     better = {model: [value[0] + 0.05] for model, value in values.items()}

@@ -26,7 +26,12 @@ SETTINGS = {
         "batch_size": 2,
         "prior_images": 5,
         "prompts": {
-            "object": {"exemplar": "a V* on a {background} background", "template": ["a red V*"], "free": ["my V*"]},
+            "object": {
+                "exemplar": "a V* on a {background} background",
+                "template": ["a red V*"],
+                "free": ["my V*"],
+                "plain": ["a one"],
+            },
             "style": {"exemplar": "a {digit} in V* style", "template": ["a zero in V* style"], "free": ["three as V*"]},
         },
     },
@@ -78,14 +83,14 @@ def test_the_tables_hold_every_method_by_kind_and_manner_and_the_figures_are_pic
     assert set(found[found["queries"] == "all"]["method"]) == everywhere
     assert set(found[found["queries"] == "subset"]["method"]) == everywhere | {"unlearn-ekfac"}
     assert set(found["kind"]) == {"object", "style"}
-    assert set(found["manner"]) == {"all", "template", "free"}
+    assert set(found["manner"]) == {"all", "template", "free", "plain"}
+    assert set(found[found["manner"] == "plain"]["kind"]) == {"object"}
     assert found["mean"].between(0, 1).all()
     with open(layout.metrics) as metrics:
         assert set(json.load(metrics)["retrieval"]) == {"object", "style"}
     shown = names(layout)
-    assert {"retrieval", "reliability", "exemplars-" + concepts(layout.config.customize, 0)["test"][0] + "-00"} <= set(
-        shown
-    )
+    first = "exemplars-" + concepts(layout.config.customize, 0)["test"][0]
+    assert {"retrieval", "reliability", *(f"{first}-{i:02d}" for i in range(3))} <= set(shown)
     for name in shown:
         with Image.open(layout.figure(name, "png")) as picture:
             assert min(picture.size) > 100

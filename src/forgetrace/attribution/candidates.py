@@ -36,7 +36,7 @@ from forgetrace.artifacts import (
 from forgetrace.attribution.image_features import EncodedImages
 from forgetrace.attribution.registry import all_features
 from forgetrace.config import Config, ImageQuery
-from forgetrace.datasets.concepts import names, query_names
+from forgetrace.datasets.concepts import names, of_concept, query_manners
 from forgetrace.layout import Layout
 from forgetrace.unlearning.sweep import Subject
 from forgetrace.unlearning.variants import read_query
@@ -105,8 +105,8 @@ def candidates(layout: Layout, model: str, methods: list[str]) -> Candidates:
     )
     _clear_others(own, key)
     _write_encoded(own, read_arrays(files["exemplars"]), record)
-    made_by = provenance({}, {"weights": layout.weights, "changed": files["weights"]})
-    write_tensors(own.weights, read_tensors(layout.weights) | read_tensors(files["weights"]), made_by)
+    # Without where it is from: scores hang on this file's hash, and the model is the same when images are added to it.
+    write_tensors(own.weights, read_tensors(layout.weights) | read_tensors(files["weights"]), {})
     arrays = read_arrays(files["queries"])
     for i, query in enumerate(entry["query"] for entry in record["queries"]):
         if query not in own.config.queries():
@@ -134,7 +134,7 @@ def validation_images(layout: Layout, count: int) -> list[tuple[str, str]]:
     """
     settings = layout.config.customize
     models = names(settings, layout.config.seed)["validation"]
-    made = [query_names(settings, model) for model in models]
+    made = [of_concept(query_manners(settings, model)) for model in models]
     # In rounds over the models, each with another prompt than its neighbours.
     images = [
         (models[i], own[(turn + i) % len(own)])

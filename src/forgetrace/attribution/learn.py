@@ -4,20 +4,21 @@ Train, validation and test models are of different concepts. Validation decides 
 the exemplars among all candidates) and what similarities are worth as probabilities.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
 
 from forgetrace.artifacts import provenance, read_image, read_json, read_table, write_json, write_table, write_tensors
+from forgetrace.attribution.asked import manners_of
 from forgetrace.attribution.calibration import Calibration, calibrate
 from forgetrace.attribution.candidates import exemplar_ids
 from forgetrace.attribution.heads import Heads, learning
 from forgetrace.attribution.image_features import EncodedImages
 from forgetrace.attribution.ranking import rank
 from forgetrace.attribution.retrieve import RANKS
-from forgetrace.config import LEARNED
+from forgetrace.config import LEARNED, PLAIN
 from forgetrace.datasets import concepts
 from forgetrace.diffusion.device import pick_device
 from forgetrace.encoding.images import load_encoder
@@ -35,12 +36,19 @@ class Model:
         queries: names of the q images it generated.
         exemplars: features, (n, width).
         generated: features of the queries, (q, width).
+        asked: which of the queries ask for the concept; the others are controls.
     """
 
     name: str
     queries: list[str]
     exemplars: torch.Tensor
     generated: torch.Tensor
+    asked: list[bool]
+
+    def of_concept(self) -> "Model":
+        """The same without controls."""
+        queries = [query for query, asked in zip(self.queries, self.asked, strict=True) if asked]
+        return replace(self, queries=queries, generated=self.generated[self.asked], asked=[True] * len(queries))
 
 
 def learn(layout: Layout, device: str = "auto") -> None:
@@ -58,11 +66,12 @@ def learn(layout: Layout, device: str = "auto") -> None:
         for part, own in parts.items()
     }
     models = {part: [read_model(layout, name, encoder) for name in own] for part, own in used.items()}
+    about = {part: [model.of_concept() for model in own] for part, own in models.items()}
     ids = read_table(layout.index)["image_id"].tolist()
     base = torch.from_numpy(np.array(EncodedImages(layout, settings.encoder).kept()))
-    heads, curve = fit_heads(layout, models, base, ids)
+    heads, curve = fit_heads(layout, about, base, ids)
     made_by = provenance(config.digest_of("seed", "learn"), {"base": layout.encode_manifest})
-    found = [(s, np.arange(len(s)) >= len(base)) for model in models["validation"] for s in similar(heads, model, base)]
+    found = [(s, np.arange(len(s)) >= len(base)) for model in about["validation"] for s in similar(heads, model, base)]
     calibration, divergence = calibrate(found)
     write_tensors(files["heads"], heads.state_dict(), made_by)
     write_table(files["curve"], curve)
@@ -75,20 +84,22 @@ def learn(layout: Layout, device: str = "auto") -> None:
             "made_by": made_by,
         },
     )
-    write_table(files["probabilities"], probabilities(heads, calibration, models["test"], base, ids), made_by)
+    write_table(files["probabilities"], probabilities(heads, calibration, about["test"], base, ids), made_by)
     write_table(files["ranks"], ranks(heads, models["test"], base, ids), made_by)
 
 
 def read_model(layout: Layout, name: str, encoder) -> Model:
     """The features of a model's exemplars and generated images."""
     record = read_json(layout.customized(name)["record"])
-    queries = [entry["query"] for entry in record["queries"]]
+    manners = manners_of(record)
+    queries = list(manners)
     images = [f"exemplar-{i:02d}" for i in range(len(record["exemplars"]))] + queries
     features = encoder(np.stack([read_image(layout.customized_image(name, image)) for image in images]))
     exemplars, generated = torch.from_numpy(features.astype(np.float32)).split(
         [len(images) - len(queries), len(queries)]
     )
-    return Model(name, queries, exemplars, generated)
+    asked = [manner != PLAIN for manner in manners.values()]
+    return Model(name, queries, exemplars, generated, asked)
 
 
 def similar(heads: Heads, model: Model, base: torch.Tensor) -> np.ndarray:

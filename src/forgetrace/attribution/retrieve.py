@@ -20,7 +20,7 @@ from forgetrace.artifacts import (
     stage_versions,
     write_table,
 )
-from forgetrace.attribution.asked import asked
+from forgetrace.attribution.asked import asked, manners_of
 from forgetrace.attribution.candidates import Candidates, candidates, discard, exemplar_ids
 from forgetrace.attribution.contract import Attributor
 from forgetrace.attribution.registry import attributor
@@ -41,7 +41,7 @@ def retrieve(layout: Layout, model: str, device: str = "auto") -> None:
     """
     files = layout.customized(model)
     record = read_json(files["record"])
-    wanted = asked(layout, model, [entry["query"] for entry in record["queries"]])
+    wanted = asked(layout, model, manners_of(record))
     own = candidates(layout, model, list(wanted))
     for method, queries in wanted.items():
         rank_for(own, method, queries, device)

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from forgetrace.artifacts import UserError
-from forgetrace.config.base import NEW_TOKEN, Name, Section
+from forgetrace.config.base import Name, Section, check_prompts
 
 SHOWN = "docs/customized.md shows what such a list is"
 
@@ -23,7 +23,7 @@ class GivenImage(Section):
 class GivenQuery(Section):
     """A prompt, and of a finished model maybe the image it made of it."""
 
-    manner: Literal["template", "free"] = "free"
+    manner: Literal["template", "free", "plain"] = "free"
     prompt: str
     image: str | None = None
 
@@ -48,9 +48,8 @@ class GivenConcept(Section):
             raise ValueError("queries with an image need the weights of the model that made it")
         if images and len(images) != len(self.queries):
             raise ValueError("give an image of every query, or of none")
-        prompts = [entry.prompt for entry in [*self.exemplars, *self.queries]]
-        if lacking := next((prompt for prompt in prompts if NEW_TOKEN not in prompt), None):
-            raise ValueError(f"'{lacking}' lacks the new token {NEW_TOKEN}")
+        shown = [entry.prompt for entry in self.exemplars]
+        check_prompts(shown, [(query.manner, query.prompt) for query in self.queries])
         return self
 
     @property

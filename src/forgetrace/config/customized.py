@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from forgetrace.config.base import MANNERS, NEW_TOKEN, Positive, Section, Subset, unused
+from forgetrace.config.base import MANNERS, PLAIN, Positive, Section, Subset, check_prompts, unused
 
 
 class Counts(Section):
@@ -24,19 +24,20 @@ class PromptSet(Section):
     )
     template: list[str] = Field([], description="Prompts of one pattern that images are generated from.")
     free: list[str] = Field([], description="Free sentences that images are generated from.")
+    plain: list[str] = Field(
+        [],
+        description="Prompts without V*, a control: images that exemplars should not be found for.",
+        exclude_if=unused,
+    )
 
     @model_validator(mode="after")
     def _hold_the_token(self):
-        prompts = [self.exemplar, *self.template, *self.free]
-        if lacking := next((prompt for prompt in prompts if NEW_TOKEN not in prompt), None):
-            raise ValueError(f"'{lacking}' lacks the new token {NEW_TOKEN}")
-        if len(prompts) == 1:
-            raise ValueError("give prompts to generate images from, under template or free")
+        check_prompts([self.exemplar], self.queries())
         return self
 
     def queries(self) -> list[tuple[str, str]]:
         """Manner and prompt of every image that is generated, template first."""
-        return [(manner, prompt) for manner in MANNERS for prompt in getattr(self, manner)]
+        return [(manner, prompt) for manner in (*MANNERS, PLAIN) for prompt in getattr(self, manner)]
 
 
 class Customize(Section):

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from forgetrace.artifacts import UserError
-from forgetrace.config import Customize, GivenConcept, read_concepts
+from forgetrace.config import PLAIN, Customize, GivenConcept, read_concepts
 from forgetrace.datasets.digits import BACKGROUNDS, DIGITS, INKS, paint
 from forgetrace.datasets.images import read_square
 from forgetrace.randomness import generator
@@ -145,9 +145,19 @@ def queries(settings: Customize, model: str) -> list[tuple[str, str]]:
     return settings.prompts[model.partition("-")[0]].queries()
 
 
+def query_manners(settings: Customize, model: str) -> dict[str, str]:
+    """The manner of the prompt of each image that the model customised on a concept generates, by the image's name."""
+    return {f"{model}-{i:02d}": manner for i, (manner, _) in enumerate(queries(settings, model))}
+
+
 def query_names(settings: Customize, model: str) -> list[str]:
-    """Names of the images that the model customised on a concept generates."""
-    return [f"{model}-{i:02d}" for i in range(len(queries(settings, model)))]
+    """Names of these images."""
+    return list(query_manners(settings, model))
+
+
+def of_concept(manners: dict[str, str]) -> list[str]:
+    """Those of images by manner that the concept is asked for in."""
+    return [query for query, manner in manners.items() if manner != PLAIN]
 
 
 def exemplar_count(settings: Customize, model: str) -> int:

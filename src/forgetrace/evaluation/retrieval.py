@@ -5,6 +5,9 @@ Every metric follows from the ranks r₁ < … < rₙ of a query's n exemplars a
 * average precision ``AP = (1/n) Σᵢ i / rᵢ``, the mean of the precision at every exemplar;
 * ``Recall@k = #{i : rᵢ <= k} / n``, also divided by its ceiling ``min(k, n) / n``, which no ranking can exceed.
 
+Images of *plain* prompts, in which V* is not, are a control and in no row of all manners: exemplars that come first for
+them too are not found by what the image shows.
+
 Queries of one model are not independent: they share exemplars and weights. The unit of every interval and test is
 therefore the model: its queries are averaged, and models are resampled.
 """
@@ -15,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from forgetrace.artifacts import UserError, read_json, read_table
-from forgetrace.attribution.asked import costly_queries
-from forgetrace.config import LEARNED, MANNERS
+from forgetrace.attribution.asked import costly_queries, manners_of
+from forgetrace.config import LEARNED, MANNERS, PLAIN
 from forgetrace.datasets import concepts
 from forgetrace.evaluation.comparisons import Pair
 from forgetrace.evaluation.statistics import bootstrap_means, holm, interval, sign_flip_test
@@ -97,10 +100,9 @@ def per_query(layout: Layout, partial: bool = False) -> pd.DataFrame:
     rows = []
     for (model, query, method), own in pd.concat(found).groupby(["model", "query", "method"], sort=False):
         record = read_json(layout.customized(model)["record"])
-        listed = [entry["query"] for entry in record["queries"]]
-        manner = record["queries"][listed.index(query)]["manner"]
-        subset = query in costly_queries(layout, model, listed)
-        about = (model, record["kind"], manner, query, subset, method)
+        manners = manners_of(record)
+        subset = query in costly_queries(layout, model, manners)
+        about = (model, record["kind"], manners[query], query, subset, method)
         rows += [(*about, name, value) for name, value in metrics(own["rank"].to_numpy()).items()]
     return pd.DataFrame(rows, columns=PER_QUERY)
 
@@ -155,8 +157,8 @@ def _parts(values: pd.DataFrame):
     on_all = values[values["method"].isin(_methods_of_all(values))]
     for queries, some in ((ALL, on_all), (SUBSET, values[values["subset"]])):
         for kind in dict.fromkeys(some["kind"]):
-            for manner in (ALL, *MANNERS):
-                own = some[(some["kind"] == kind) & ((some["manner"] == manner) | (manner == ALL))]
+            for manner, manners in (ALL, MANNERS), *((one, [one]) for one in (*MANNERS, PLAIN)):
+                own = some[(some["kind"] == kind) & some["manner"].isin(manners)]
                 for metric, part in own.groupby("metric", sort=False):
                     yield (queries, kind, manner, metric), part
 

@@ -25,13 +25,15 @@ def names(layout: Layout) -> list[str]:
 
 
 def shown(layout: Layout) -> list[str]:
-    """Images of customised models whose candidates are shown: the first and the last of a few test models."""
+    """Images of customised models whose candidates are shown: the first, the last, a control of a few test models."""
     config, chosen = layout.config, []
     models = concepts.names(config.customize, config.seed)["test"] if config.customize else []
     for kind in ("object", "style"):
         for model in [name for name in models if name.startswith(kind)][:GRIDS]:
-            queries = concepts.query_names(config.customize, model)
-            chosen += dict.fromkeys([queries[0], queries[-1]])
+            manners = concepts.query_manners(config.customize, model)
+            queries = concepts.of_concept(manners)
+            controls = [query for query in manners if query not in queries]
+            chosen += dict.fromkeys([queries[0], queries[-1], *controls[:1]])
     return chosen
 
 

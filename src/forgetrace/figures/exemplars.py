@@ -3,8 +3,9 @@
 import pandas as pd
 
 from forgetrace.artifacts import read_image, read_json, read_table
-from forgetrace.attribution.asked import asked
+from forgetrace.attribution.asked import asked, manners_of
 from forgetrace.attribution.candidates import exemplar_ids
+from forgetrace.config import PLAIN
 from forgetrace.datasets.images import TrainingImages
 from forgetrace.figures.page import TILE, Page, lines
 from forgetrace.figures.style import MUTED, colour_of, look, save
@@ -20,7 +21,7 @@ def draw(layout: Layout, name: str, query: str) -> None:
     model = query.rpartition("-")[0]
     record = read_json(layout.customized(model)["record"])
     entry = next(entry for entry in record["queries"] if entry["query"] == query)
-    wanted = asked(layout, model, [entry["query"] for entry in record["queries"]])
+    wanted = asked(layout, model, manners_of(record))
     methods = [method for method, queries in wanted.items() if query in queries]
     ranks = read_table(layout.ranks(model))
     ranks = ranks[ranks["query"] == query]
@@ -51,7 +52,9 @@ def _header(page: Page, query: str, entry: dict, image, exemplars: list) -> None
     left = MARGIN + size + 0.25
     for i, line in enumerate(lines(f"“{entry['prompt']}”", page.width - left - MARGIN, 13, most=1)):
         page.text(left, MARGIN + 0.02 + 0.25 * i, line, size=13, weight="bold")
-    page.text(left, MARGIN + 0.3, f"the generated image {query}; its model was customised on", size=9.5, colour=MUTED)
+    about = ", a control of which none is asked" if entry["manner"] == PLAIN else ""
+    said = f"the generated image {query}{about}; its model was customised on"
+    page.text(left, MARGIN + 0.3, said, size=9.5, colour=MUTED)
     for i, exemplar in enumerate(exemplars):
         page.border(left + 0.05 + i * (SMALL + 0.12), MARGIN + 0.58, SMALL, BORDER)
         page.image(left + 0.05 + i * (SMALL + 0.12), MARGIN + 0.58, SMALL, exemplar)
