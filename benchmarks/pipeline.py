@@ -18,9 +18,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.report import machine
-from benchmarks.startup import AS_A_JOB, elapsed
+from benchmarks.startup import elapsed
 from benchmarks.workers import cores
 from forgetrace.artifacts import write_json
+from forgetrace.imports import AS_A_JOB
 
 DEFINITION = (
     "1 - sum over jobs of (wall time - time of a stage's imports) / (cores * wall time of make reproduce);"

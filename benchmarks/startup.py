@@ -7,8 +7,8 @@ import time
 
 from benchmarks.report import Reading, quartiles
 from benchmarks.settings import Settings
+from forgetrace.imports import AS_A_JOB
 
-AS_A_JOB = "from forgetrace.imports import lean_diffusers; lean_diffusers()"
 COMMANDS = {
     "help": (["-m", "forgetrace.cli", "--help"], "<= 0.5"),
     "scan-imports": (["-c", f"{AS_A_JOB}; import forgetrace.attribution.scan"], None),

@@ -16,6 +16,7 @@ NAME = "diffusers"
 USED = ("DDPMScheduler", "DDIMScheduler", "UNet2DConditionModel")
 COMPILER = "torch._dynamo"
 ABSENT = ("peft", "transformers")
+AS_A_JOB = "from forgetrace.imports import lean_diffusers; lean_diffusers()"  # for programs that time a job's start
 
 
 class Finder(MetaPathFinder):
@@ -23,7 +24,10 @@ class Finder(MetaPathFinder):
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
         """The package's own spec with another loader."""
-        spec = PathFinder.find_spec(name, path) if name == NAME else None
+        if name != NAME:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path)
         if spec:
             spec.loader = Lean(spec.loader)
         return spec
@@ -75,4 +79,5 @@ def _disable(function: Callable | None = None, recursive: bool = True, **options
 
 def lean_diffusers() -> None:
     """Have diffusers imported so when it is first asked for; its pipelines and adapters then do not work."""
-    sys.meta_path.insert(0, Finder())
+    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder())

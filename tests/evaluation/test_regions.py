@@ -5,9 +5,10 @@ import pytest
 from forgetrace.datasets.digit_pairs import facts
 from forgetrace.evaluation.measures import THETA0, Measure, QueryMeasures
 from forgetrace.evaluation.metrics import region_metrics
-from forgetrace.evaluation.regions import PRECISION, precision, summary
-from forgetrace.evaluation.tables import _values
+from forgetrace.evaluation.regions import PRECISION, by_image, precision, summary
+from forgetrace.evaluation.tables import PER_QUERY, _values, comparisons, counterfactual
 
+from ..conftest import settings
 from . import synthetic
 
 CAPTIONS = [
@@ -83,3 +84,26 @@ def test_the_rows_of_a_region_are_inside_and_outside():
     assert own["delta_loss_contrast"] == pytest.approx(0.3)
     assert "delta_loss" not in own
     assert "delta_mse" not in own
+
+
+def test_regions_of_one_image_count_as_one_query():
+    config = settings(
+        synthesize={"regions": {"left": {"boxes": [[0, 0, 8, 16]]}, "right": {"boxes": [[8, 0, 16, 16]]}}},
+    )
+    rows = []
+    for query, own, random in (("report-00", (3, 5), (1, 1)), ("report-01", (8, 6), (2, 0))):
+        for side, value, other in zip(("left", "right"), own, random, strict=True):
+            name = f"{query}-{side}"
+            rows.append((name, "text", 3, name, "delta_loss_inside", value))
+            rows.append((name, "random", 3, "draw0", "delta_loss_inside", other))
+    rows.append(("report-00", "text", 3, "report-00", "delta_loss", 9))
+    values = pd.DataFrame(rows, columns=PER_QUERY)
+    found = by_image(config, values)
+    inside = found[found["metric"] == "delta_loss_inside"].set_index(["query", "method"])["value"].to_dict()
+    assert inside == {
+        ("report-00", "text"): 4, ("report-00", "random"): 1, ("report-01", "text"): 7, ("report-01", "random"): 1,
+    }  # fmt: skip
+    assert found[found["metric"] == "delta_loss"].values.tolist() == values.tail(1).values.tolist()
+    table = counterfactual(found, 100, 0).set_index(["metric", "method"])
+    assert table.loc[("delta_loss_inside", "text"), ["n_queries", "mean", "p_vs_random"]].tolist() == [2, 5.5, 0.5]
+    assert comparisons(found, 100, 0)["mean_difference"].tolist() == [4.5]

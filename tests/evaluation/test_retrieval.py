@@ -85,6 +85,14 @@ def test_controls_are_in_rows_of_their_own():
     pd.testing.assert_frame_equal(comparisons(both, 100, 0), comparisons(values, 100, 0))
 
 
+def test_a_method_that_lacks_controls_is_in_all_other_rows():
+    values = table({"a": {"m0": [1.0, 0.5]}, "late": {"m0": [0.5, 0.5]}})
+    control = table({"a": {"m0": [0.1]}}).assign(manner="plain", query="m0-control")
+    found = summary(pd.concat([values, control]), 100, 0)
+    assert set(found.loc[(found["queries"] == "all") & (found["manner"] == "all"), "method"]) == {"a", "late"}
+    assert set(found.loc[found["manner"] == "plain", "method"]) == {"a"}
+
+
 def test_comparisons_are_paired_by_model():
     values = {f"m{i}": [0.1 * i] for i in range(8)}
     better = {model: [value[0] + 0.05] for model, value in values.items()}

@@ -26,7 +26,7 @@ class PromptSet(Section):
     free: list[str] = Field([], description="Free sentences that images are generated from.")
     plain: list[str] = Field(
         [],
-        description="Prompts without V*, a control: images that exemplars should not be found for.",
+        description="Prompts without V*, to see whether exemplars are found where nobody asked for the concept.",
         exclude_if=unused,
     )
 
@@ -87,7 +87,9 @@ class Costly(Section):
 
     methods: list[str] = Field([], description="Names of score.methods.")
     models: Positive = Field(1, description="Test models of each kind whose queries they rank for.")
-    queries: Positive = Field(1, description="Queries of each of these models, spread over its prompts.")
+    queries: Positive = Field(
+        1, description="Queries of each of these models, spread over its prompts; beside them all of plain prompts."
+    )
 
 
 class Retrieve(Section):

@@ -1,17 +1,21 @@
 """Which images a retraining leaves out."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from forgetrace.artifacts import UserError
 from forgetrace.attribution.ranking import read_ranking
 from forgetrace.config import HALF_SET, RANDOM, SEED_SET
-from forgetrace.diffusion.training import Training
-from forgetrace.encoding.store import Encoded
 from forgetrace.layout import Layout, training_name
 from forgetrace.randomness import generator
 
+if TYPE_CHECKING:
+    from forgetrace.diffusion.training import Training
+    from forgetrace.encoding.store import Encoded
 
-def training_of(layout: Layout, encoded: Encoded, method: str, k: int, member: str) -> Training:
+
+def training_of(layout: Layout, encoded: "Encoded", method: str, k: int, member: str) -> "Training":
     """The retraining named (method, k, member).
 
     Args:
@@ -25,6 +29,9 @@ def training_of(layout: Layout, encoded: Encoded, method: str, k: int, member: s
     Raises:
         UserError: k leaves nothing to train on, or the ranking does not fit the data.
     """
+    # Imported here because evaluation needs the halves and no torch.
+    from forgetrace.diffusion.training import Training
+
     name, seed = training_name(method, k, member), layout.config.seed
     removed = np.zeros(len(encoded), dtype=bool)
     if method == SEED_SET:

@@ -4,7 +4,7 @@ In the dataset digit-pairs captions say what is on which side. Of the images a m
 ``regions.csv`` holds the share that has the same digit, ink or both on that side (``own``), the share that has what the
 query shows on its other side there (``other``), and the share that attribution of the whole image finds of the first
 kind (``whole``). ``chance`` is what a random order finds on average. ``regions_summary.csv`` averages the two sides of
-a query first: its intervals and tests count queries.
+a query first: its intervals and tests count queries, as those of leave-K-out do.
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ import pandas as pd
 
 from forgetrace.artifacts import read_json, read_table
 from forgetrace.attribution.ranking import read_ranking
+from forgetrace.config import Config
 from forgetrace.datasets.digit_pairs import facts
 from forgetrace.evaluation.statistics import bootstrap_means, interval, sign_flip_test
 from forgetrace.layout import Layout
@@ -93,6 +94,25 @@ def summary(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
             row |= _mean(name, difference, resamples, seed) | {f"{name}_p": sign_flip_test(difference, seed)}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def by_image(config: Config, values: pd.DataFrame) -> pd.DataFrame:
+    """Values of leave-K-out models with the mean over an image's regions in their place.
+
+    Regions of one image share it, its noise and the models of ``random`` and ``seed``: they are no independent queries.
+
+    Args:
+        config: the experiment's.
+        values: :func:`forgetrace.evaluation.tables.per_query`.
+    """
+    images = {query: config.whole(query) for query in values["query"].unique()}
+    members = values["member"].replace(images)  # of a query's own models
+    keys = [name for name in values if name != "value"]
+    return (
+        values.assign(query=values["query"].map(images), member=members)
+        .groupby(keys, sort=False, as_index=False)
+        .mean()
+    )
 
 
 def _mean(name: str, values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:

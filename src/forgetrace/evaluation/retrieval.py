@@ -5,8 +5,8 @@ Every metric follows from the ranks r₁ < … < rₙ of a query's n exemplars a
 * average precision ``AP = (1/n) Σᵢ i / rᵢ``, the mean of the precision at every exemplar;
 * ``Recall@k = #{i : rᵢ <= k} / n``, also divided by its ceiling ``min(k, n) / n``, which no ranking can exceed.
 
-Images of *plain* prompts, in which V* is not, are a control and in no row of all manners: exemplars that come first for
-them too are not found by what the image shows.
+Images of *plain* prompts, in which V* is not, are in no row of all manners. A method that finds exemplars for them as
+well finds them whether or not the concept was asked for.
 
 Queries of one model are not independent: they share exemplars and weights. The unit of every interval and test is
 therefore the model: its queries are averaged, and models are resampled.
@@ -154,7 +154,8 @@ def comparisons(values: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame
 
 def _parts(values: pd.DataFrame):
     """(queries, kind, manner, metric) with its rows; on all queries only the methods that have them all."""
-    on_all = values[values["method"].isin(_methods_of_all(values))]
+    plain = values["manner"] == PLAIN
+    on_all = pd.concat([_of_all(values[~plain]), _of_all(values[plain])])
     for queries, some in ((ALL, on_all), (SUBSET, values[values["subset"]])):
         for kind in dict.fromkeys(some["kind"]):
             for manner, manners in (ALL, MANNERS), *((one, [one]) for one in (*MANNERS, PLAIN)):
@@ -163,9 +164,10 @@ def _parts(values: pd.DataFrame):
                     yield (queries, kind, manner, metric), part
 
 
-def _methods_of_all(values: pd.DataFrame) -> list[str]:
+def _of_all(values: pd.DataFrame) -> pd.DataFrame:
+    """The rows of methods that ranked for all queries."""
     counts = values.groupby("method", sort=False)["query"].nunique()
-    return [method for method, count in counts.items() if count == values["query"].nunique()]
+    return values[values["method"].isin(counts[counts == values["query"].nunique()].index)]
 
 
 def headline(table: pd.DataFrame) -> dict:

@@ -1,8 +1,9 @@
 """The tables of the ``evaluate`` stage, from raw values to comparisons.
 
 ``per_query.csv`` holds every value of the models that left images out; ``counterfactual.csv`` and
-``comparisons.csv`` summarise it and can be rebuilt from it. Which direction means forgetting is stated by
-:data:`forgetrace.evaluation.metrics.METRICS`. The tables beside these have a module each.
+``comparisons.csv`` summarise it and can be rebuilt from it; regions of one image count as one query in them. Which
+direction means forgetting is stated by :data:`forgetrace.evaluation.metrics.METRICS`. The tables beside these have a
+module each.
 """
 
 from itertools import combinations
@@ -53,8 +54,9 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
     tables = {}
     if layout.config.leaves_out:
         values = per_query(layout, encode, partial)
-        compared = comparisons(values, resamples, seed)
-        tables = {"per_query": values, "counterfactual": counterfactual(values, resamples, seed)}
+        of_images = regions.by_image(layout.config, values)
+        compared = comparisons(of_images, resamples, seed)
+        tables = {"per_query": values, "counterfactual": counterfactual(of_images, resamples, seed)}
     if retrain.subsets:
         halves = lds.read_halves(layout, partial)
         found = lds.correlations(halves, lds.read_scores(layout, partial), resamples, seed)

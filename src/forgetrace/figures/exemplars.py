@@ -52,7 +52,7 @@ def _header(page: Page, query: str, entry: dict, image, exemplars: list) -> None
     left = MARGIN + size + 0.25
     for i, line in enumerate(lines(f"“{entry['prompt']}”", page.width - left - MARGIN, 13, most=1)):
         page.text(left, MARGIN + 0.02 + 0.25 * i, line, size=13, weight="bold")
-    about = ", a control of which none is asked" if entry["manner"] == PLAIN else ""
+    about = ", of a prompt without V*" if entry["manner"] == PLAIN else ""
     said = f"the generated image {query}{about}; its model was customised on"
     page.text(left, MARGIN + 0.3, said, size=9.5, colour=MUTED)
     for i, exemplar in enumerate(exemplars):

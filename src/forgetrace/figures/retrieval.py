@@ -12,19 +12,19 @@ from forgetrace.figures.style import INK, MUTED, PAPER, look, save
 from forgetrace.layout import Layout
 
 WIDTH, MARGIN = 3.2, 0.75  # inches of a panel, and of what is above and below its rows
-CONTROL = 0.25  # rows below the middle
+PLAIN_AT = -0.25  # rows below the middle
 METRICS = {"ap": "Average precision", "recall_10_of_ceiling": "Recall@10, of its ceiling"}
 
 
 def draw(layout: Layout, name: str) -> None:
     """Draw the figure ``retrieval``: a row of panels per kind of model; more where costly methods have ranked.
 
-    Controls are empty markers below: what is found of the exemplars for images that have nothing of them.
+    Empty markers above are of plain prompts: what is found of exemplars where nobody asked for the concept.
     """
     summary = read_table(layout.table("retrieval"))
     values = read_table(layout.table("retrieval_per_query"))
     values = values[values["manner"] != PLAIN]
-    controls, summary = summary[summary["manner"] == PLAIN], summary[summary["manner"] == ALL]
+    plain, summary = summary[summary["manner"] == PLAIN], summary[summary["manner"] == ALL]
     parts = [(queries, kind) for queries in (ALL, SUBSET) for kind in dict.fromkeys(summary["kind"])]
     parts = [part for part in parts if len(_of(summary, *part))]
     named = [method for method in methods(layout) if (summary["method"] == method).any()]
@@ -40,8 +40,8 @@ def draw(layout: Layout, name: str) -> None:
                 dots = values[(values["kind"] == part[1]) & (values["metric"] == metric)]
                 dots = dots[dots["subset"] | (part[0] == ALL)].groupby(["method", "model"])["value"].mean()
                 rows.dots(axes[i, j], layout, shown, dots.reset_index())
-                control = _of(controls, *part)
-                rows.means(axes[i, j], layout, shown, control[control["metric"] == metric], CONTROL, filled=False)
+                unasked = _of(plain, *part)
+                rows.means(axes[i, j], layout, shown, unasked[unasked["metric"] == metric], PLAIN_AT, filled=False)
                 rows.means(axes[i, j], layout, shown, own)
                 rows.label(axes[i, j], layout, shown, named=j == 0)
                 axes[i, j].set_xlim(-0.02, 1.02)
@@ -50,8 +50,8 @@ def draw(layout: Layout, name: str) -> None:
         interval = Line2D([], [], color=INK, linewidth=2, label="95% interval over models")
         dot = Line2D([], [], color=MUTED, marker="o", markersize=3, linewidth=0, label="one model")
         empty = {"markerfacecolor": PAPER, "markeredgecolor": MUTED}
-        control = Line2D([], [], marker="o", linewidth=0, label="images without V*, a control", **empty)
-        handles = [interval, dot, *([control] if len(controls) else [])]
+        unasked = Line2D([], [], marker="o", linewidth=0, label="images of prompts without V*", **empty)
+        handles = [interval, dot, *([unasked] if len(plain) else [])]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
         save(figure, layout, name)
 

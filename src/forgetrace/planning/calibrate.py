@@ -19,6 +19,7 @@ from forgetrace.datasets.contract import captions_of
 from forgetrace.datasets.images import TrainingImages
 from forgetrace.datasets.prepare import TRAIN, prepare, read_metadata
 from forgetrace.figures.catalogue import draw
+from forgetrace.imports import AS_A_JOB
 from forgetrace.layout import Layout
 from forgetrace.planning import work
 
@@ -72,8 +73,10 @@ def calibrate(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
         UserError: what the config or the device asks for cannot work here.
     """
     layout, units = anywhere(layout), {}
-    for start, module in ((work.START, "figures.training"), (work.TORCH, "counterfactual.retrain")):
-        job = [sys.executable, "-c", f"import forgetrace.cli, forgetrace.{module}"]
+    first = "pass" if layout.config.train.lora else AS_A_JOB
+    # Of jobs with torch the light ones: of one that trains for minutes, two seconds more of imports do not count.
+    for start, module in ((work.START, "figures.training"), (work.TORCH, "counterfactual.measure")):
+        job = [sys.executable, "-c", f"{first}; import forgetrace.cli, forgetrace.{module}"]
         units[start] = rate(lambda _, job=job: subprocess.run(job, check=True), seconds=0, whose=RUSAGE_CHILDREN)
     with TemporaryDirectory(prefix="forgetrace-plan-") as folder, chdir(folder), redirect_stderr(StringIO()):
         units |= light(layout)
