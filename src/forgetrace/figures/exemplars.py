@@ -12,6 +12,7 @@ from forgetrace.figures.style import MUTED, colour_of, look, save
 from forgetrace.layout import Layout
 
 MARGIN, GAP, LABEL = 0.25, 0.1, 1.25  # inches
+NARROWEST = 7.8  # what the header's lines need
 HEADER, ROW, SMALL = 1.75, 1.1, 0.4
 BORDER = "#00815E"
 
@@ -30,7 +31,8 @@ def draw(layout: Layout, name: str, query: str) -> None:
     own = {ids[i]: read_image(layout.customized_image(model, f"exemplar-{i:02d}")) for i in range(len(ids))}
     with look():
         top = layout.config.figures.top
-        page = Page(2 * MARGIN + LABEL + top * (TILE + GAP), 2 * MARGIN + HEADER + len(methods) * ROW)
+        width = max(NARROWEST, 2 * MARGIN + LABEL + top * (TILE + GAP))
+        page = Page(width, 2 * MARGIN + HEADER + len(methods) * ROW)
         _header(page, query, entry, read_image(layout.customized_image(model, query)), list(own.values()))
         for i, method in enumerate(methods):
             y = MARGIN + HEADER + i * ROW
