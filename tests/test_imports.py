@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-LEAN = "from forgetrace.imports import lean_diffusers; lean_diffusers()"
+from forgetrace.imports import AS_A_JOB
+
 UNET = """
 import torch
 from diffusers import UNet2DConditionModel
@@ -29,7 +30,7 @@ def run(*lines: str) -> str:
 def test_the_unet_is_the_same_and_what_nothing_needs_is_not_imported():
     hashed = f"{UNET}import hashlib; print(hashlib.sha256(made.detach().numpy().tobytes()).hexdigest())"
     company = "import sys; print(sorted({'peft', 'transformers', 'sympy', 'torch._dynamo'} & set(sys.modules)))"
-    lean = run(LEAN, hashed, company).splitlines()
+    lean = run(AS_A_JOB, hashed, company).splitlines()
     whole = run(hashed, company).splitlines()
     assert lean[0] == whole[0]
     assert lean[1] == "[]"
@@ -39,7 +40,7 @@ def test_the_unet_is_the_same_and_what_nothing_needs_is_not_imported():
 def test_what_was_left_out_is_there_for_who_asks_for_it():
     """Text encoders are of transformers, optimisers ask for the compiler."""
     said = run(
-        LEAN,
+        AS_A_JOB,
         UNET,
         "import diffusers, transformers, torch._dynamo",
         "optimizer = torch.optim.AdamW(unet.parameters()); made.sum().backward(); optimizer.step()",

@@ -97,12 +97,12 @@ def per_query(layout: Layout, partial: bool = False) -> pd.DataFrame:
     if layout.config.learn and (not partial or Path(layout.learned["ranks"]).exists()):
         learned = read_table(layout.learned["ranks"])
         found.append(learned[learned["model"].isin(there)])
+    records = {model: read_json(layout.customized(model)["record"]) for model in there}
+    manners = {model: manners_of(record) for model, record in records.items()}
+    subsets = {model: costly_queries(layout, model, own) for model, own in manners.items()}
     rows = []
     for (model, query, method), own in pd.concat(found).groupby(["model", "query", "method"], sort=False):
-        record = read_json(layout.customized(model)["record"])
-        manners = manners_of(record)
-        subset = query in costly_queries(layout, model, manners)
-        about = (model, record["kind"], manners[query], query, subset, method)
+        about = (model, records[model]["kind"], manners[model][query], query, query in subsets[model], method)
         rows += [(*about, name, value) for name, value in metrics(own["rank"].to_numpy()).items()]
     return pd.DataFrame(rows, columns=PER_QUERY)
 
