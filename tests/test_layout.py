@@ -125,6 +125,17 @@ def test_models_of_halves_and_pools_and_the_tables_made_of_them():
     assert layout.checkpoints("text-k5-pool1") in layout.unfinished()
 
 
+def test_every_retraining_is_in_one_set():
+    layout = Layout("tiny", settings(retrain={"k": [5, 10], "subsets": 2, "pools": 1, "pooled_k": [3], "seeds": 2}))
+    sets = layout.retraining_sets()
+    assert list(sets) == ["shared", "half", "pools", "unlearn"]
+    assert sets["shared"] == layout.shared_models()[1:]
+    assert sets["unlearn"] == [("unlearn", k, query) for query in layout.config.queries() for k in (5, 10)]
+    assert layout.retrainings() == [*sets["shared"], *layout.half_models(), *layout.pooled_models(), *sets["unlearn"]]
+    assert len(set(layout.retrainings())) == len(layout.retrainings())
+    assert list(Layout("tiny", settings(retrain={"methods": []})).retraining_sets()) == ["shared"]
+
+
 def test_timings_lie_outside_the_results(layout):
     assert layout.timing("score", "pixel", "mine") == "timings/tiny/score/pixel/mine.tsv"
 

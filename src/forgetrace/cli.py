@@ -323,17 +323,31 @@ def learn(config: ConfigPath, threads: Threads = None, device: Device = "auto") 
 @app.command()
 def retrain(
     config: ConfigPath,
-    method: Annotated[str, typer.Option(help="A method of the experiment, random, seed, or half.")],
-    k: Annotated[int, typer.Option(help="Images to leave out (0 for seed and half).")],
-    member: Annotated[str, typer.Option(help="A query, draw<i> for random, seed and half, or pool<i>.")],
+    method: Annotated[str | None, typer.Option(help="A method of the experiment, random, seed, or half.")] = None,
+    k: Annotated[int | None, typer.Option(help="Images to leave out (0 for seed and half).")] = None,
+    member: Annotated[str | None, typer.Option(help="A query, draw<i> for random, seed and half, or pool<i>.")] = None,
+    together: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of these three, all models of a set, retrain.stack as one: shared, half, pools, or a "
+            "judged method."
+        ),
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Train a leave-K-out model from scratch, and measure it where it belongs to one query."""
+    """Train leave-K-out models from scratch, and measure those that belong to one query."""
     layout = _experiment(config)
-    from forgetrace.counterfactual import retrain
+    if together is None and None not in (method, k, member):
+        models = [(method, k, member)]
+    elif together is not None and (method, k, member) == (None, None, None):
+        if together not in (sets := layout.retraining_sets()):
+            raise UserError(f"--together {together}: {config} has no such set (it has {', '.join(sets) or 'none'}).")
+        models = sets[together]
+    else:
+        raise UserError("Give --method, --k and --member for one model, or --together for all models of a set.")
+    from forgetrace.counterfactual.retrain import retrain
 
-    at_once = (method, k, member) in layout.half_models() + layout.pooled_models()
-    (retrain.retrain_measured if at_once else retrain.retrain)(layout, method, k, member, device)
+    retrain(layout, models, device)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from forgetrace.artifacts import safe_name
 from forgetrace.config import HALF_SET, RANDOM, SEED_SET, Config, load_config
 
 BASE = "base"  # θ0 where a model is named by (method, k, member)
+STACKED = "stacked"  # folder for checkpoints of models that are trained as one
 
 
 def training_name(method: str, k: int, member: str) -> str:
@@ -41,11 +42,10 @@ class Layout:
 
     def unfinished(self) -> set[str]:
         """Every folder in which trainings, scans, features and scores of the current config may leave checkpoints."""
-        own = (model for query in self.config.queries() for model in self.measured_models(query))
-        models = {*self.shared_models(), *self.half_models(), *self.pooled_models(), *own}
+        models = {(BASE, 0, BASE), *self.retrainings()}
         return {
             self.checkpoints(name)
-            for name in ("scan", "features", "score", "retrieve", *(training_name(*model) for model in models))
+            for name in ("scan", "features", "score", "retrieve", STACKED, *(training_name(*model) for model in models))
         }
 
     # prepare: shared by all experiments with the same settings of it
@@ -274,6 +274,21 @@ class Layout:
             return []
         own = [(m, k, query) for m in retrain.methods if m != RANDOM for k in retrain.k]
         return self.shared_models() + own
+
+    def retraining_sets(self) -> dict[str, list[tuple[str, int, str]]]:
+        """All models that are trained without images, (method, k, member), by what one job makes with retrain.stack.
+
+        The sets are ``shared``, ``half``, ``pools`` and each judged method; none is empty.
+        """
+        sets = {"shared": self.shared_models()[1:], "half": self.half_models(), "pools": self.pooled_models()}
+        for query in self.config.judged_queries():
+            for model in self.measured_models(query)[len(self.shared_models()) :]:
+                sets.setdefault(model[0], []).append(model)
+        return {name: models for name, models in sets.items() if models}
+
+    def retrainings(self) -> list[tuple[str, int, str]]:
+        """All models of :meth:`retraining_sets`."""
+        return [model for models in self.retraining_sets().values() for model in models]
 
     def timing(self, stage: str, *names: str) -> str:
         """What Snakemake measured of the job (stage, names): seconds and memory."""

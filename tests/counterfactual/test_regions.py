@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from forgetrace.artifacts import read_arrays, read_json
-from forgetrace.counterfactual.measure import brief_measure, measure, query_losses, region_losses
+from forgetrace.counterfactual.measure import brief_measures, measure, query_losses, region_losses
 from forgetrace.diffusion.model import load_unet
 from forgetrace.evaluation.measures import read_measure
 from forgetrace.layout import BASE
@@ -39,4 +39,5 @@ def test_a_measure_of_a_region_says_both_and_one_of_an_image_neither(regions):
     assert part.regions.keys() == {"inside", "outside"}
     assert whole.loss == part.loss  # the same draws
     np.testing.assert_array_equal(whole.image, part.image)
-    assert brief_measure(regions, unet, "report-00-part")["loss"] == pytest.approx(part.regions["inside"], abs=1e-9)
+    brief = brief_measures(regions, unet, ["report-00-part"])["report-00-part"]
+    assert brief["loss"] == pytest.approx(part.regions["inside"], abs=1e-9)

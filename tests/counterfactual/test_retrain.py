@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from forgetrace.artifacts import (
 )
 from forgetrace.counterfactual import retrain as module
 from forgetrace.counterfactual.measure import measure, measure_key, query_losses
-from forgetrace.counterfactual.retrain import measure_shared, retrain, retrain_measured
+from forgetrace.counterfactual.retrain import measure_shared, retrain
 from forgetrace.diffusion import training as training_module
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
@@ -41,23 +42,19 @@ def files(layout, query: str = "report-00") -> dict[str, str]:
 @pytest.fixture(scope="module")
 def retrained(built, tmp_path_factory):
     """A folder in which one leave-K-out model has been measured."""
-    import shutil
-
     from forgetrace.layout import Layout
 
     folder = tmp_path_factory.mktemp("retrained")
     shutil.copytree(built, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        retrain(Layout("tiny", settings()), *MODEL, "cpu")
+        retrain(Layout("tiny", settings()), [MODEL], "cpu")
     return folder
 
 
 @pytest.fixture
 def measured(retrained, tiny, tmp_path):
     """The tiny experiment with one leave-K-out model measured; a copy."""
-    import shutil
-
     shutil.copytree(retrained / "results", tmp_path / "results", dirs_exist_ok=True)
     return tiny
 
@@ -67,12 +64,12 @@ def trainings(monkeypatch) -> list[str]:
     """Names of the trainings that are run, which end without having learned anything."""
     names = []
 
-    def train(layout, encoded, training, device, *rest):
-        names.append(training.name)
-        key = training_module.training_key(layout, training, "fp32")
-        return read_tensors(layout.weights), None, {"seed": training.seed, "key": key}
+    def train(layout, encoded, trainings, device, *rest):
+        names.extend(training.name for training in trainings)
+        keys = [training_module.training_key(layout, training, "fp32") for training in trainings]
+        return [(read_tensors(layout.weights), None, {"seed": 5, "key": key}) for key in keys]
 
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "train_as_one", train)
     return names
 
 
@@ -106,16 +103,52 @@ def test_the_model_left_out_the_top_k_and_was_trained_like_the_base(measured, mo
 
 def test_without_removed_images_a_retraining_is_the_base_model(tiny):
     layout = replace(tiny, config=settings(retrain={"keep_weights": True}))
-    retrain(layout, "unlearn", 0, "report-00", "cpu")
+    retrain(layout, [("unlearn", 0, "report-00")], "cpu")
     kept, base = read_tensors(layout.retrained("unlearn", 0, "report-00")), read_tensors(layout.weights)
     assert kept.keys() == base.keys()
     assert all(torch.equal(kept[name], base[name]) for name in base)
 
 
+def test_models_trained_as_one_say_what_they_say_alone(tiny, monkeypatch):
+    layout = replace(tiny, config=settings(retrain={"stack": 2, "subsets": 1, "pools": 1, "pooled_k": [3]}))
+    models = [MODEL, ("half", 0, "draw0"), ("random", 10, "draw0"), ("unlearn", 3, "pool0")]
+    for query in ("report-01", "mine"):
+        shutil.copytree(
+            Path(layout.query("report-00")["tensors"]).parent,
+            Path(layout.query(query)["tensors"]).parent,
+            dirs_exist_ok=True,
+        )
+        shutil.copy(layout.score("unlearn", "report-00"), layout.score("unlearn", query))
+    sizes, as_one = [], module.train_as_one
+    monkeypatch.setattr(module, "train_as_one", lambda *given: sizes.append(len(given[2])) or as_one(*given))
+    retrain(layout, models, "cpu")
+    assert sizes == [2, 2]
+    own = read_json(files(layout)["losses"])
+    at_once = [read_json(layout.losses(*model))["queries"]["report-00"]["loss"] for model in (models[1], models[3])]
+    weights = read_tensors(layout.retrained("random", 10, "draw0"))
+    retrain(layout, models, "cpu")
+    assert sizes == [2, 2]
+    assert not Path(layout.checkpoints("stacked")).exists() or not any(Path(layout.checkpoints("stacked")).iterdir())
+
+    alone = replace(layout, config=settings(retrain={"subsets": 1, "pools": 1, "pooled_k": [3]}))
+    for path in (files(layout)["losses"], *(layout.losses(*model) for model in (models[1], models[3]))):
+        os.remove(path)
+    os.remove(layout.retrained("random", 10, "draw0"))
+    retrain(alone, models, "cpu")
+    assert sizes == [2, 2, 1, 1, 1, 1]
+    again = read_json(files(layout)["losses"])
+    assert again["key"] == own["key"]
+    np.testing.assert_allclose(again["losses"], own["losses"], rtol=1e-3)
+    for model, before in zip((models[1], models[3]), at_once, strict=True):
+        assert read_json(layout.losses(*model))["queries"]["report-00"]["loss"] == pytest.approx(before, rel=1e-3)
+    for name, tensor in read_tensors(layout.retrained("random", 10, "draw0")).items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-3)
+
+
 def test_an_unchanged_measurement_is_kept(measured, trainings):
     before = Path(files(measured)["losses"]).read_bytes()
     os.utime(measured.score("unlearn", "report-00"))  # newer, but the same
-    retrain(measured, *MODEL, "cpu")
+    retrain(measured, [MODEL], "cpu")
     assert trainings == []
     assert Path(files(measured)["losses"]).read_bytes() == before
 
@@ -135,13 +168,13 @@ IRRELEVANT = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_setting_retrains(measured, trainings, change):
-    retrain(replace(measured, config=settings(**CHANGES[change])), *MODEL, "cpu")
+    retrain(replace(measured, config=settings(**CHANGES[change])), [MODEL], "cpu")
     assert trainings == ["unlearn-k10-report-00"]
 
 
 @pytest.mark.parametrize("change", IRRELEVANT)
 def test_a_setting_without_influence_does_not(measured, trainings, change):
-    retrain(replace(measured, config=settings(**IRRELEVANT[change])), *MODEL, "cpu")
+    retrain(replace(measured, config=settings(**IRRELEVANT[change])), [MODEL], "cpu")
     assert trainings == []
 
 
@@ -151,17 +184,17 @@ def test_another_removed_set_retrains(measured, trainings):
     shuffled = table.assign(image_id=np.roll(table["image_id"], 3))
     inside_the_top = table.assign(image_id=[*table["image_id"][:10][::-1], *table["image_id"][10:]])
     write_table(path, inside_the_top)  # the same set in another order removes the same images
-    retrain(measured, *MODEL, "cpu")
+    retrain(measured, [MODEL], "cpu")
     assert trainings == []
     write_table(path, shuffled)
-    retrain(measured, *MODEL, "cpu")
+    retrain(measured, [MODEL], "cpu")
     assert trainings == ["unlearn-k10-report-00"]
 
 
 def test_another_query_retrains(measured, trainings):
     layout = replace(measured, config=settings().model_copy(update={"seed": 6}))
     synthesize(layout, "report-00", "cpu")  # the same name, other noise
-    retrain(measured, *MODEL, "cpu")
+    retrain(measured, [MODEL], "cpu")
     assert trainings == ["unlearn-k10-report-00"]
 
 
@@ -178,7 +211,7 @@ def test_a_measurement_that_is_not_whole_is_made_again(measured, trainings, dama
         losses.unlink()
     else:
         write_json(losses, {"loss": 1})
-    retrain(measured, *MODEL, "cpu")
+    retrain(measured, [MODEL], "cpu")
     assert trainings == ["unlearn-k10-report-00"]
 
 
@@ -186,7 +219,7 @@ def test_a_measurement_of_before_images_had_hashes_is_kept(measured, trainings):
     record = read_json(files(measured)["losses"])
     assert len(record.pop("image_sha256")) == 64
     write_json(files(measured)["losses"], record)
-    retrain(measured, *MODEL, "cpu")
+    retrain(measured, [MODEL], "cpu")
     assert trainings == []
 
 
@@ -196,7 +229,7 @@ def test_a_measurement_killed_between_its_files_is_made_again(measured, training
         measure(measured, load_unet(measured, CPU), MODEL, "report-00", "another key")
 
     assert in_child(killed) == signal.SIGKILL
-    retrain(measured, *MODEL, "cpu")
+    retrain(measured, [MODEL], "cpu")
     assert trainings == ["unlearn-k10-report-00"]
 
 
@@ -213,34 +246,34 @@ def test_a_killed_retraining_resumes_to_the_same_measurement(measured, monkeypat
 
     def killed():
         monkeypatch.setattr(training_module._Loop, "run_step", deadly)
-        retrain(measured, *MODEL, "cpu")
+        retrain(measured, [MODEL], "cpu")
 
     assert in_child(killed) == signal.SIGKILL
     assert not any(os.path.exists(path) for path in files(measured).values())
     steps = []
     monkeypatch.setattr(training_module._Loop, "run_step", lambda loop: (steps.append(loop.step), run_step(loop)))
-    retrain(measured, *MODEL, "cpu")
+    retrain(measured, [MODEL], "cpu")
     assert steps == [3, 4, 5, 6, 7]
     assert {name: Path(path).read_bytes() for name, path in files(measured).items()} == expected
 
 
 def test_shared_models_keep_their_weights_and_nothing_else(tiny, trainings):
     for method, k, member in (("random", 10, "draw1"), ("seed", 0, "draw0")):
-        retrain(tiny, method, k, member, "cpu")
+        retrain(tiny, [(method, k, member)], "cpu")
         assert Path(tiny.retrained(method, k, member)).is_file()
     assert trainings == ["random-k10-draw1", "seed-k0-draw0"]
     assert not Path(f"{tiny.root}/retrain/measures").exists()
 
 
 def test_shared_models_that_are_there_are_kept(tiny, monkeypatch):
-    retrain(tiny, "random", 10, "draw0", "cpu")
-    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained again"))
-    retrain(tiny, "random", 10, "draw0", "cpu")
+    retrain(tiny, [("random", 10, "draw0")], "cpu")
+    monkeypatch.setattr(module, "train_as_one", lambda *_: pytest.fail("trained again"))
+    retrain(tiny, [("random", 10, "draw0")], "cpu")
 
 
 def test_weights_asked_for_later_are_trained_and_then_kept(measured, trainings):
     keeping = replace(measured, config=settings(retrain={"keep_weights": True}))
-    retrain(keeping, *MODEL, "cpu")
+    retrain(keeping, [MODEL], "cpu")
     assert trainings == ["unlearn-k10-report-00"]
     assert Path(keeping.retrained(*MODEL)).is_file()
 
@@ -249,16 +282,16 @@ def test_weights_asked_for_later_are_trained_and_then_kept(measured, trainings):
 def test_a_raised_version_retrains(measured, trainings, stage):
     numbers = dict.fromkeys(("encode", "train", "retrain", "measure"), 0)
     write_json("workflow/versions.yaml", numbers)  # JSON is YAML; zeros are what a missing file means
-    retrain(measured, *MODEL, "cpu")
+    retrain(measured, [MODEL], "cpu")
     assert trainings == []
     write_json("workflow/versions.yaml", numbers | {stage: 1})
-    retrain(measured, *MODEL, "cpu")
+    retrain(measured, [MODEL], "cpu")
     assert trainings == ["unlearn-k10-report-00"]
 
 
 def test_the_base_model_makes_its_query_again(tiny, trainings):
     for method, k, member in tiny.shared_models()[1:]:
-        retrain(tiny, method, k, member, "cpu")
+        retrain(tiny, [(method, k, member)], "cpu")
     measure_shared(tiny, "report-00", "cpu")
     for model in tiny.shared_models():
         assert read_json(tiny.measure(*model, "report-00")["losses"])["query"] == "report-00"
@@ -268,7 +301,7 @@ def test_the_base_model_makes_its_query_again(tiny, trainings):
 
 def test_a_shared_model_that_lacks_weights_is_not_measured(tiny, trainings):
     for method, k, member in tiny.shared_models()[1:]:
-        retrain(tiny, method, k, member, "cpu")
+        retrain(tiny, [(method, k, member)], "cpu")
     path = tiny.retrained("random", 10, "draw1")
     write_tensors(path, dict(list(read_tensors(path).items())[1:]), {})
     with pytest.raises(UserError, match=rf"^{path} belongs to another architecture .* 1 are missing"):
@@ -276,7 +309,7 @@ def test_a_shared_model_that_lacks_weights_is_not_measured(tiny, trainings):
 
 
 def test_shared_models_differ_from_the_base_where_they_learned_something_else(tiny):
-    retrain(tiny, "random", 10, "draw0", "cpu")
+    retrain(tiny, [("random", 10, "draw0")], "cpu")
     weights, base = read_tensors(tiny.retrained("random", 10, "draw0")), read_tensors(tiny.weights)
     assert any(not torch.equal(weights[name], base[name]) for name in base)
 
@@ -291,7 +324,7 @@ def test_a_users_image_has_losses_only(tiny):
 
 def test_a_users_image_is_not_retrained_for_its_missing_picture(tiny, trainings):
     for _ in range(2):
-        retrain(tiny, "unlearn", 10, "mine", "cpu")
+        retrain(tiny, [("unlearn", 10, "mine")], "cpu")
     assert trainings == ["unlearn-k10-mine"]
 
 
@@ -335,7 +368,7 @@ def asked_at_once(layout, queries: int = 1, **retrain):
 
 def test_a_half_is_asked_about_every_query_and_only_that_is_kept(tiny, trainings):
     layout = asked_at_once(tiny)
-    retrain_measured(layout, *HALF, "cpu")
+    retrain(layout, [HALF], "cpu")
     record = read_json(layout.losses(*HALF))
     assert (record["method"], record["k"], record["member"], record["removed"]) == (*HALF, 20)
     assert list(record["queries"]) == ["report-00", "mine"]
@@ -352,7 +385,7 @@ def test_a_half_is_asked_about_every_query_and_only_that_is_kept(tiny, trainings
 def test_a_brief_measure_says_what_a_whole_one_says(tiny, trainings):
     """On the base model, whose weights the stand-in for a training returns: it makes its own query again."""
     layout = asked_at_once(tiny)
-    retrain_measured(layout, *HALF, "cpu")
+    retrain(layout, [HALF], "cpu")
     measure(layout, load_unet(layout, CPU), ("base", 0, "base"), "report-00", "key")
     brief, whole = read_json(layout.losses(*HALF)), read_json(layout.measure("base", 0, "base", "report-00")["losses"])
     assert brief["queries"]["report-00"]["loss"] == whole["loss"]
@@ -361,7 +394,7 @@ def test_a_brief_measure_says_what_a_whole_one_says(tiny, trainings):
 
 def test_a_pool_leaves_out_its_tops_and_is_asked_about_every_query(tiny, trainings):
     layout = asked_at_once(tiny)
-    retrain_measured(layout, "unlearn", 10, "pool0", "cpu")
+    retrain(layout, [("unlearn", 10, "pool0")], "cpu")
     record = read_json(layout.losses("unlearn", 10, "pool0"))
     assert record["removed"] == 10  # one judged query: the pool's union is its top
     assert list(record["queries"]) == ["report-00", "mine"]
@@ -371,7 +404,7 @@ def test_a_pool_leaves_out_its_tops_and_is_asked_about_every_query(tiny, trainin
 def test_a_trained_half_differs_from_the_base_and_its_repetition(tiny):
     layout = asked_at_once(tiny)
     for member in ("draw0", "draw0-seed1"):
-        retrain_measured(layout, "half", 0, member, "cpu")
+        retrain(layout, [("half", 0, member)], "cpu")
     first, again = (read_json(layout.losses("half", 0, member))["queries"] for member in ("draw0", "draw0-seed1"))
     assert first["report-00"]["loss"] != again["report-00"]["loss"]
     assert first["report-00"]["key"] != again["report-00"]["key"]
@@ -379,11 +412,11 @@ def test_a_trained_half_differs_from_the_base_and_its_repetition(tiny):
 
 def test_what_is_measured_is_not_trained_again(tiny, trainings):
     layout = asked_at_once(tiny)
-    retrain_measured(layout, *HALF, "cpu")
+    retrain(layout, [HALF], "cpu")
     before = Path(layout.losses(*HALF)).read_bytes()
     for path in (layout.query("report-00")["tensors"], layout.index):
         os.utime(path)  # newer, but the same
-    retrain_measured(layout, *HALF, "cpu")
+    retrain(layout, [HALF], "cpu")
     assert trainings == ["half-k0-draw0"]
     assert Path(layout.losses(*HALF)).read_bytes() == before
 
@@ -391,11 +424,11 @@ def test_what_is_measured_is_not_trained_again(tiny, trainings):
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_setting_trains_a_half_again(tiny, trainings, change):
     layout = asked_at_once(tiny)
-    retrain_measured(layout, *HALF, "cpu")
+    retrain(layout, [HALF], "cpu")
     before = layout.config.model_dump()
     kept = {"synthesize": before["synthesize"], "retrain": AT_ONCE}
     changed = {section: {**before[section], **keys} for section, keys in CHANGES[change].items()}
-    retrain_measured(replace(layout, config=settings(**kept | changed)), *HALF, "cpu")
+    retrain(replace(layout, config=settings(**kept | changed)), [HALF], "cpu")
     assert trainings == ["half-k0-draw0"] * 2
 
 
@@ -414,11 +447,11 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_record_is_made_again(tiny, trainings, damage):
     layout = asked_at_once(tiny)
-    retrain_measured(layout, *HALF, "cpu")
+    retrain(layout, [HALF], "cpu")
     path = Path(layout.losses(*HALF))
     whole = path.read_text()
     path.write_text(DAMAGES[damage](whole))
-    retrain_measured(layout, *HALF, "cpu")
+    retrain(layout, [HALF], "cpu")
     assert trainings == ["half-k0-draw0"] * 2
     assert path.read_text() == whole
 
@@ -428,11 +461,11 @@ def test_a_killed_training_of_a_half_leaves_no_record(tiny, trainings, monkeypat
 
     def killed():
         monkeypatch.setattr(module, "write_json", lambda *_: os.kill(os.getpid(), 9))
-        retrain_measured(layout, *HALF, "cpu")
+        retrain(layout, [HALF], "cpu")
 
     assert in_child(killed) == signal.SIGKILL
     assert not Path(layout.losses(*HALF)).exists()
-    retrain_measured(layout, *HALF, "cpu")
+    retrain(layout, [HALF], "cpu")
     assert trainings == ["half-k0-draw0"]  # the other one was in the child
 
 
@@ -442,9 +475,9 @@ def test_a_further_query_costs_a_training_unless_the_weights_were_kept(tiny, tra
         few, more = (asked_at_once(tiny, queries, keep_weights=keep_weights) for queries in (1, 2))
         for path in (few.losses(*HALF), few.retrained(*HALF)):
             Path(path).unlink(missing_ok=True)
-        retrain_measured(few, *HALF, "cpu")
+        retrain(few, [HALF], "cpu")
         known = read_json(few.losses(*HALF))["queries"]
-        retrain_measured(more, *HALF, "cpu")
+        retrain(more, [HALF], "cpu")
         assert len(trainings) == trained
         queries = read_json(few.losses(*HALF))["queries"]
         assert queries.keys() == {"report-00", "report-01", "mine"}
@@ -452,9 +485,9 @@ def test_a_further_query_costs_a_training_unless_the_weights_were_kept(tiny, tra
 
 
 def test_weights_of_a_half_asked_for_later_are_trained_and_then_kept(tiny, trainings):
-    retrain_measured(asked_at_once(tiny), *HALF, "cpu")
+    retrain(asked_at_once(tiny), [HALF], "cpu")
     keeping = asked_at_once(tiny, keep_weights=True)
     for _ in range(2):
-        retrain_measured(keeping, *HALF, "cpu")
+        retrain(keeping, [HALF], "cpu")
     assert trainings == ["half-k0-draw0"] * 2
     assert keeping.retrained(*HALF) in keeping.files()

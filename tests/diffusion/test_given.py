@@ -131,7 +131,7 @@ def test_leave_k_out_models_start_from_the_parent_of_a_given_model(folder):
     layout = encoded(experiment(train, retrain={"k": [5], "random_draws": 1, "seeds": 0}))
     train_base(layout, CPU)
     assert len(layout.shared_models()) == 2
-    retrain(layout, "random", 5, "draw0", CPU)
+    retrain(layout, [("random", 5, "draw0")], CPU)
     trained, theta0 = read_tensors(layout.retrained("random", 5, "draw0")), read_tensors(layout.weights)
     moved = max((trained[name] - theta0[name]).abs().max().item() for name in theta0)
     assert 0 < moved < 0.02  # three steps of at most 1e-3 away
@@ -325,4 +325,4 @@ def test_a_parent_that_cannot_be_is_refused_before_hours_of_training(folder):
 def test_nothing_is_trained_where_nobody_says_from_what(folder):
     layout = encoded(experiment({"pretrained": "pipeline"}))
     with pytest.raises(UserError, match=r"No model can be trained here"):
-        retrain(layout, "random", 5, "draw0", CPU)
+        retrain(layout, [("random", 5, "draw0")], CPU)

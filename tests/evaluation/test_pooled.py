@@ -119,6 +119,16 @@ def test_methods_whose_pools_are_not_all_trained_when_asked(layout):
     assert set(read_table(layout.table("pooled"))["method"]) == {"unlearn"}
 
 
+def test_before_any_pool_is_trained_the_table_is_empty(layout):
+    synthetic.write_results(layout)
+    for model in layout.pooled_models():
+        Path(layout.losses(*model)).unlink()
+    tables.evaluate(layout, flat_encoder, partial=True)
+    table = read_table(layout.table("pooled"))
+    assert table.empty
+    assert list(table.columns) == pooled.POOLED
+
+
 def test_p_is_of_the_paired_differences(layout):
     synthetic.write_results(layout)
     for number, pool in enumerate(("pool0", "pool1", "pool0", "pool1")):

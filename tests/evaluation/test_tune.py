@@ -8,6 +8,7 @@ import torch
 from scipy.stats import spearmanr
 
 from forgetrace.artifacts import UserError, read_arrays, read_table, write_json
+from forgetrace.attribution.gradients import Gradients
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.unlearning import Unlearning
 from forgetrace.counterfactual.measure import query_losses
@@ -69,10 +70,16 @@ def test_every_value_of_a_variants_option_is_scored_on_the_tuning_queries(tiny, 
     pd.testing.assert_frame_equal(tune(layout, "unlearn", "step_size", ["1e-4", "1e-3"], "cpu"), table)
 
 
-def test_an_option_of_the_method_itself_is_changed_there(tiny):
+@pytest.mark.parametrize("together", [True, False])
+def test_an_option_of_the_method_itself_is_changed_there(tiny, monkeypatch, together):
     methods = {"influence": {"timesteps": 2}, "random": {}}
     layout = with_halves(tiny, score={"methods": methods}, retrain={"subsets": HALVES, "queries": 1, "methods": []})
+    if not together:  # memory for the directions of one query and setting only
+        monkeypatch.setattr(Gradients, "at_once", lambda self: 1)
+    passes, products = [], Gradients.products
+    monkeypatch.setattr(Gradients, "products", lambda *given: passes.append(1) or products(*given))
     table = tune(layout, "influence", "damping", ["0.01", "100"], "cpu")
+    assert len(passes) == (1 if together else 2)
     for value, rows in table.groupby("value"):
         trial = module.trial(layout, "influence", "damping", value)
         kept = np.array([half(layout, len(read_table(layout.index)), f"draw{i}") for i in range(HALVES)])

@@ -28,7 +28,7 @@ SETTINGS = {
             "random": {},
         }
     },
-    "retrain": {"methods": ["unlearn"], "k": [10], "random_draws": 1, "seeds": 0, "queries": 2},
+    "retrain": {"methods": ["unlearn"], "k": [10], "random_draws": 1, "seeds": 0, "queries": 2, "stack": 2},
     "evaluate": {"timestep_stride": 100, "draws": 1, "bootstrap": 100, "precision_k": [5, 20]},
     "figures": {"top": 4},
 }  # fmt: skip

@@ -45,10 +45,17 @@ def test_every_experiment_can_be_planned(checkout, experiment):
     together = len(registry.together(layout))
     assert planned.get("score", 0) == queries * (len(config.score.methods) - together)
     assert planned.get("score_together", 0) == (together if queries else 0)
-    assert planned.get("retrain_shared", 0) == shared
-    assert planned.get("retrain", 0) == asked * judged * len(config.retrain.k)
-    assert planned.get("retrain_half", 0) == len(layout.half_models())
-    assert planned.get("retrain_pool", 0) == len(layout.pooled_models())
+    counts = {"retrain_shared": shared, "retrain": asked * judged * len(config.retrain.k)}
+    counts |= {"retrain_half": len(layout.half_models()), "retrain_pool": len(layout.pooled_models())}
+    if config.retrain.stack > 1:
+        counts = {"retrain_shared_together": shared > 0, "retrain_together": judged}
+        counts |= {
+            "retrain_half_together": config.retrain.subsets > 0,
+            "retrain_pools_together": config.retrain.pools > 0,
+        }
+    assert {rule: count for rule, count in planned.items() if rule.startswith("retrain")} == {
+        rule: count for rule, count in counts.items() if count
+    }
 
 
 def test_the_default_experiment_is_digits(checkout):

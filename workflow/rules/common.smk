@@ -35,6 +35,7 @@ MECHANICS = {
     ("scan", "batch_size"),
     ("scan", "shards"),
     ("retrain", "keep_weights"),
+    ("retrain", "stack"),
 }
 TRAINING_FIRST, SCORES_NEXT = (
     100,
@@ -219,3 +220,21 @@ def ranking_inputs():
     ]
     images = [layout.features(name) for name in FEATURES if name.startswith("image-")]
     return sorted({path for fit in fits for path in layout.fitted(fit)}) + images
+
+
+# With retrain.stack, one job makes all models of a set.
+STACKED = layout.retraining_sets() if layout.config.retrain.stack > 1 else {}
+
+
+def told(models):
+    """What is kept of trained models."""
+    kept = []
+    for model in models:
+        if model in layout.shared_models():
+            kept.append(layout.retrained(*model))
+            continue
+        at_once = model in layout.half_models() + layout.pooled_models()
+        kept += [layout.losses(*model)] if at_once else measured(model, model[2])
+        if layout.config.retrain.keep_weights:
+            kept.append(layout.retrained(*model))
+    return kept

@@ -23,7 +23,7 @@ rule retrain_shared:
     benchmark:
         benchmark_file("retrain", "{method}", "k{k}", "{draw}")
     wildcard_constraints:
-        method=one_of([RANDOM, SEED_SET]),
+        method=one_of([RANDOM, SEED_SET] if not STACKED else []),
     conda:
         "../envs/forgetrace.yaml"
     threads: layout.config.train.threads
@@ -60,7 +60,7 @@ rule retrain:
     benchmark:
         benchmark_file("retrain", "{method}", "k{k}", "{query}")
     wildcard_constraints:
-        method=one_of(JUDGED),
+        method=one_of(JUDGED if not STACKED else []),
         query=one_of([query for query in JUDGED_QUERIES if query not in OWN_IMAGES]),
     conda:
         "../envs/forgetrace.yaml"
@@ -85,7 +85,7 @@ use rule retrain as retrain_own_image with:
         if layout.config.retrain.keep_weights
         else [],
     wildcard_constraints:
-        method=one_of(JUDGED),
+        method=one_of(JUDGED if not STACKED else []),
         query=one_of(OWN_IMAGES),
 
 
@@ -104,7 +104,7 @@ rule retrain_half:
     benchmark:
         benchmark_file("retrain", "{method}", "k{k}", "{member}")
     wildcard_constraints:
-        method=HALF_SET,
+        method=one_of([HALF_SET] if not STACKED else []),
         member=r"draw\d+(-seed\d+)?",
     conda:
         "../envs/forgetrace.yaml"
@@ -131,7 +131,105 @@ use rule retrain_half as retrain_pool with:
         ],
         [path for query in QUERIES for path in layout.query(query).values()],
     wildcard_constraints:
+        method=one_of(layout.config.score.methods if not STACKED else []),
         member=r"pool\d+",
+
+
+if STACKED:
+
+    rule retrain_together:
+        input:
+            ENCODED,
+            PARENT,
+            [path for query in JUDGED_QUERIES for path in layout.query(query).values()],
+            lambda wildcards: [
+                layout.score(wildcards.method, query) for query in JUDGED_QUERIES
+            ],
+        output:
+            [
+                update(path)
+                for query in JUDGED_QUERIES
+                for k in layout.config.retrain.k
+                for path in told([("{method}", k, query)])
+            ],
+        log:
+            log_file("retrain", "{method}", "together"),
+        benchmark:
+            benchmark_file("retrain", "{method}", "together")
+        wildcard_constraints:
+            method=one_of(JUDGED),
+        conda:
+            "../envs/forgetrace.yaml"
+        threads: layout.config.train.threads
+        resources:
+            mem_mb=8000,
+            runtime=480,
+            gpu=1,
+        params:
+            config=CONFIG_FILE,
+            together=lambda wildcards: wildcards.method,
+            shaped_by=SHAPING_RETRAININGS,
+        shell:
+            "forgetrace retrain --config {params.config:q} --together {params.together:q}"
+            " --device auto > {log:q} 2>&1"
+
+    use rule retrain_together as retrain_shared_together with:
+        input:
+            ENCODED,
+            PARENT,
+        output:
+            [update(path) for path in told(STACKED["shared"])],
+        log:
+            log_file("retrain", "shared", "together"),
+        benchmark:
+            benchmark_file("retrain", "shared", "together")
+        params:
+            config=CONFIG_FILE,
+            together="shared",
+            shaped_by=shaped_by("train retrain", "train", "seed"),
+
+
+if "half" in STACKED:
+
+    use rule retrain_together as retrain_half_together with:
+        input:
+            ENCODED,
+            PARENT,
+            [path for query in QUERIES for path in layout.query(query).values()],
+        output:
+            [update(path) for path in told(STACKED["half"])],
+        log:
+            log_file("retrain", "half", "together"),
+        benchmark:
+            benchmark_file("retrain", "half", "together")
+        params:
+            config=CONFIG_FILE,
+            together="half",
+            shaped_by=SHAPING_RETRAININGS,
+
+
+if "pools" in STACKED:
+
+    use rule retrain_together as retrain_pools_together with:
+        input:
+            ENCODED,
+            PARENT,
+            [path for query in QUERIES for path in layout.query(query).values()],
+            [
+                layout.score(method, query)
+                for method in layout.config.score.methods
+                for query in JUDGED_QUERIES
+            ],
+        output:
+            [update(path) for path in told(STACKED["pools"])],
+        log:
+            log_file("retrain", "pools", "together"),
+        benchmark:
+            benchmark_file("retrain", "pools", "together")
+        params:
+            config=CONFIG_FILE,
+            together="pools",
+            shaped_by=SHAPING_RETRAININGS,
 
 
 rule measure:

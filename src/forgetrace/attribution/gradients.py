@@ -35,6 +35,7 @@ class Gradients:
         self.names = select([name for name, _ in self.unet.named_parameters()], weights)
         self.shape = tuple(self.encoded.latents.shape[1:])
         self.timesteps = spaced_timesteps(timesteps, self.scheduler.config.num_train_timesteps)
+        self.known: dict[tuple[str, int], Weights] = {}  # gradients that several settings of a method ask for
 
     def at_once(self) -> int:
         """Of how many queries the directions are held at once."""
@@ -44,6 +45,7 @@ class Gradients:
     def load(self, weights: str) -> None:
         """Go to other weights of the same architecture."""
         load_weights(self.unet, weights)
+        self.known.clear()
 
     def products(self, directions: Weights, partial: Path, what: str) -> np.ndarray:
         """⟨g, v⟩ and ‖g‖² of every training image and timestep; (N, T, V + 1), float32.
@@ -87,9 +89,12 @@ class Gradients:
         )
 
     def _gradient(self, query: str, draws: int = DRAWS) -> Weights:
-        target = read_query(self.layout, query)
-        with attention_for_gradients():  # as the gradients of training images
-            return query_gradient(self.unet, self.scheduler, target, self.names, range(draws), self.seed)
+        if (query, draws) not in self.known:
+            target = read_query(self.layout, query)
+            with attention_for_gradients():  # as the gradients of training images
+                gradient = query_gradient(self.unet, self.scheduler, target, self.names, range(draws), self.seed)
+            self.known[query, draws] = gradient
+        return self.known[query, draws]
 
     def _by_timestep(self, query: Query, noises: int, unit_length: bool) -> Weights:
         bank = NoiseBank(self.seed, f"query {query.drawn_as}", np.repeat(self.timesteps, noises), self.shape)

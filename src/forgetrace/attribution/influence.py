@@ -18,6 +18,7 @@ query. In memory are the directions of as many queries as fit into 4 GiB.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ class InnerProducts(Together):
     """What these methods share: queries become directions, then one pass over D for each set of weights."""
 
     reads = frozenset({"weights", "timesteps"})
+    directed_by: frozenset[str] = frozenset()  # options that change nothing but the directions
 
     @abstractmethod
     def models(self) -> list[str]:
@@ -59,22 +61,41 @@ class InnerProducts(Together):
 
     def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
         """Scores of several queries in one pass for each set of weights; of as many at once as fit into memory."""
+        return self.scores_of_settings([self], queries)[0]
+
+    def scores_of_settings(self, sources: Sequence[InnerProducts], queries: list[str]) -> list[dict[str, np.ndarray]]:
+        """As :meth:`scores_of` for several settings of this method, in the same passes.
+
+        Args:
+            sources: this method with settings that differ in :attr:`directed_by` alone.
+            queries: their names.
+
+        Returns:
+            For each setting the scores by query.
+        """
         from forgetrace.attribution.gradients import Gradients
 
         options = self.options
         gradients = Gradients(self.layout, options.weights or "all", options.timesteps or TIMESTEPS, self.device)
-        count = gradients.at_once()
-        blocks = [queries[start : start + count] for start in range(0, len(queries), count)]
-        return {query: scores for block in blocks for query, scores in self._of_block(gradients, block).items()}
+        count = max(1, gradients.at_once() // len(sources))
+        scores = [{} for _ in sources]
+        for start in range(0, len(queries), count):
+            block = queries[start : start + count]
+            total = self._of_block(gradients, sources, block)
+            for number, of_setting in enumerate(scores):
+                of_setting |= {query: total[:, number * len(block) + i] for i, query in enumerate(block)}
+        return scores
 
-    def _of_block(self, gradients: Gradients, queries: list[str]) -> dict[str, np.ndarray]:
-        models, key = self.models(), self._key(queries)
+    def _of_block(self, gradients: Gradients, sources: Sequence[InnerProducts], queries: list[str]) -> np.ndarray:
+        """Scores (N, settings · queries), the queries of a setting next to each other."""
+        models = self.models()
+        key = fingerprint([source._key(queries) for source in sources]) if len(sources) > 1 else self._key(queries)
         folder, total = Path(self.layout.checkpoints("score")), 0.0
         partials = [folder / f"{key}-{number}.npy" for number in range(len(models))]
         for number, (weights, partial) in enumerate(zip(models, partials, strict=True)):
             gradients.load(weights)
             what = f"{self.method} {number + 1} of {len(models)}"
-            found = gradients.products(self.directions(gradients, queries), partial, what)
+            found = gradients.products(_joined(sources, gradients, queries), partial, what)
             total = total + self.weight_of(weights) * self.reduce(found)
         if not np.isfinite(total).all():
             raise UserError(
@@ -84,7 +105,7 @@ class InnerProducts(Together):
         # Not before the last: a killed run goes through all of them.
         for partial in partials:
             partial.unlink()
-        return {query: total[:, i] for i, query in enumerate(queries)}
+        return total
 
     def reduce(self, found: np.ndarray) -> np.ndarray:
         """Inner products and squared norms (N, T, queries + 1) of all draws -> scores (N, queries)."""
@@ -107,6 +128,14 @@ class InnerProducts(Together):
         made_by = provenance({}, {path: path for query in queries for path in self.inputs(query)})
         settings = [self.options.model_dump(), self.shaped_by(), self.layout.config.seed, queries]
         return fingerprint([type(self).__qualname__, self.method, made_by, settings, stage_versions("fit", "score")])
+
+
+def _joined(sources: Sequence[InnerProducts], gradients: Gradients, queries: list[str]) -> dict:
+    """The directions of all settings, those of a setting next to each other."""
+    import torch
+
+    found = [source.directions(gradients, queries) for source in sources]
+    return {name: torch.cat([vectors[name] for vectors in found]) for name in found[0]}
 
 
 class TracIn(InnerProducts):
@@ -150,6 +179,7 @@ class Influence(InnerProducts):
 
     summary = "influence function: inner product weighted by the inverse Fisher, diagonal or EK-FAC"
     reads = InnerProducts.reads | {"damping", "curvature", "unit_length", "draws"}
+    directed_by = frozenset({"damping", "curvature", "draws"})
 
     def models(self) -> list[str]:
         """θ0."""
@@ -170,6 +200,7 @@ class DataInf(InnerProducts):
 
     summary = "influence function with the mean of inverses in place of the inverse of the mean (DataInf)"
     reads = InnerProducts.reads | {"damping", "unit_length"}
+    directed_by = frozenset({"damping"})
 
     def models(self) -> list[str]:
         """θ0."""

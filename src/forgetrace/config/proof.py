@@ -15,6 +15,13 @@ class Retrain(Section):
     random_draws: Positive = Field(3, description="Random sets per K, shared by all queries.")
     seeds: int = Field(2, ge=0, description="Retrainings on all images with other seeds: the noise floor.")
     keep_weights: bool = Field(False, description="Keep the weights of models whose measurements are kept anyway.")
+    stack: Positive = Field(
+        1,
+        description="Models trained as one, each as it would be alone but for rounding: worth it on a GPU, which a "
+        "single small model leaves idle. From 2 on, one job makes all random "
+        "halves, one all pools, and one all models of a judged method.",
+        exclude_if=is_one,
+    )
     queries: Positive | Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
         description="Queries judged by leaving images out: how many, in the order of the config, or a list of their "

@@ -1,6 +1,7 @@
 """What a model says of a query: its loss, and the image it makes of the same noise and prompt."""
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from forgetrace.diffusion.loss import batched_losses
 from forgetrace.diffusion.model import load_scheduler
 from forgetrace.diffusion.noise import NoiseBank
 from forgetrace.diffusion.regions import LATENT, PIXELS
-from forgetrace.diffusion.synthesis import regenerate
+from forgetrace.diffusion.synthesis import generate, regenerate
 from forgetrace.encoding.codec import codec_of
 from forgetrace.layout import Layout
 
@@ -49,21 +50,29 @@ def measure(layout: Layout, unet: UNet2DConditionModel, model: tuple[str, int, s
     write_json(files["losses"], record)
 
 
-def brief_measure(layout: Layout, unet: UNet2DConditionModel, query: str) -> dict[str, float]:
-    """A model's mean loss on a query and, unless it is a user's, the squared error of what it makes of its noise.
+def brief_measures(layout: Layout, unet: UNet2DConditionModel, queries: Sequence[str]) -> dict[str, dict[str, float]]:
+    """A model's mean loss on queries and, unless they are a user's, the squared error of what it makes of their noise.
 
     Of a region, both are those inside.
 
     Returns:
-        ``loss``, and ``mse`` of the pixels in [0, 1] between the query and its regenerated image.
+        By query ``loss``, and ``mse`` of the pixels in [0, 1] between it and its regenerated image.
     """
-    arrays = read_arrays(layout.query(query)["tensors"])
-    inside = arrays.get(PIXELS, slice(None))
-    found = {"loss": float(query_losses(layout, unet, arrays, arrays.get(LATENT))[1].mean())}
-    if "initial_noise" in arrays:
-        latent = regenerate(layout, unet, arrays["initial_noise"], arrays["prompt"])
-        original, image = codec_of(layout.config.encode, unet.device).decode(np.stack([arrays["latent"], latent]))
-        found["mse"] = float(np.square((image.astype(float) - original) / 255)[inside].mean())
+    arrays = {query: read_arrays(layout.query(query)["tensors"]) for query in queries}
+    found = {
+        query: {"loss": float(query_losses(layout, unet, of, of.get(LATENT))[1].mean())} for query, of in arrays.items()
+    }
+    generated = [query for query, of in arrays.items() if "initial_noise" in of]
+    if not generated:
+        return found
+    noises, prompts, originals = (
+        np.stack([arrays[query][name] for query in generated]) for name in ("initial_noise", "prompt", "latent")
+    )
+    codec = codec_of(layout.config.encode, unet.device)
+    images, made = codec.decode(originals), codec.decode(generate(layout, unet, noises, prompts))
+    for query, original, image in zip(generated, images, made, strict=True):
+        inside = arrays[query].get(PIXELS, slice(None))
+        found[query]["mse"] = float(np.square((image.astype(float) - original) / 255)[inside].mean())
     return found
 
 

@@ -8,6 +8,9 @@ random halves and of pools are asked about every query as soon as they are train
 """
 
 import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import PartialState
@@ -23,82 +26,105 @@ from forgetrace.artifacts import (
     write_tensors,
 )
 from forgetrace.config import RANDOM, SEED_SET
-from forgetrace.counterfactual.measure import brief_measure, measure, measure_key
+from forgetrace.counterfactual.measure import brief_measures, measure, measure_key
 from forgetrace.counterfactual.sets import training_of
 from forgetrace.diffusion.device import pick_device, processor_name, resolve_precision
 from forgetrace.diffusion.model import build_unet, frozen, load_unet
-from forgetrace.diffusion.training import discard_checkpoints, train, training_key
+from forgetrace.diffusion.training import Training, discard_checkpoints, train_as_one, training_key
 from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import Layout
 
 log = logging.getLogger(__name__)
+Model = tuple[str, int, str]  # method, k, member
 
 
-def retrain(layout: Layout, method: str, k: int, member: str, device: str = "auto") -> None:
-    """Train the model (method, k, member); measure it, or keep its weights where it is shared.
+def retrain(layout: Layout, models: Sequence[Model], device: str = "auto") -> None:
+    """Train those of the models whose measurements or weights are missing, ``retrain.stack`` at a time.
+
+    Args:
+        layout: the experiment.
+        models: (method, k, member) each.
+        device: where to train, as :func:`forgetrace.diffusion.device.pick_device`.
 
     Raises:
-        UserError: as :func:`training_of` and :func:`forgetrace.diffusion.training.train`.
+        UserError: as :func:`training_of` and :func:`forgetrace.diffusion.training.train_as_one`.
     """
-    encoded = load_encoded(layout)
-    training = training_of(layout, encoded, method, k, member)
-    shared, path = method in (RANDOM, SEED_SET), layout.retrained(method, k, member)
+    encoded, target = load_encoded(layout), pick_device(device)
+    work = [work for model in models if (work := _work(layout, encoded, model, target)).missing]
+    for start in range(0, len(work), layout.config.retrain.stack):
+        part = work[start : start + layout.config.retrain.stack]
+        trained = train_as_one(layout, encoded, [one.training for one in part], device)
+        if not PartialState().is_main_process:
+            continue
+        for one, (weights, _, record) in zip(part, trained, strict=True):
+            if one.keeps_weights:
+                _keep(layout, layout.retrained(*one.model), weights, record)
+            if one.ask:
+                one.ask(retrained_unet(layout, encoded, weights, target))
+        discard_checkpoints(layout, *(one.training for one in part))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What there is to do for one model.
+
+    Attributes:
+        model: (method, k, member).
+        training: how it is made.
+        keeps_weights: whether its weights stay.
+        ask: measures the model and writes what it says; None where ``measure`` does that.
+        missing: whether it has to be trained.
+    """
+
+    model: Model
+    training: Training
+    keeps_weights: bool
+    ask: Callable[[UNet2DConditionModel], None] | None
+    missing: bool
+
+
+def _work(layout: Layout, encoded: Encoded, model: Model, device: torch.device) -> _Work:
+    """Find out what is missing of a model; ask one whose weights were kept what it has not been asked yet."""
+    training = training_of(layout, encoded, *model)
+    trained = training_key(layout, training, resolve_precision(layout.config.train.precision, device))
+    at_once = model in layout.half_models() + layout.pooled_models()
+    shared, path = model[0] in (RANDOM, SEED_SET) and not at_once, layout.retrained(*model)
     keeps_weights = shared or layout.config.retrain.keep_weights
-    precision = resolve_precision(layout.config.train.precision, pick_device(device))
-    trained = training_key(layout, training, precision)
-    measured = None if shared else measure_key(layout, member, trained)
-    if (not keeps_weights or _is_trained(path, trained)) and (
-        shared or _is_measured(layout.measure(method, k, member, member), measured)
-    ):
+    is_trained = keeps_weights and _is_trained(path, trained)
+    if shared:
+        ask, answered = None, True
+    elif at_once:
+        keys = {query: measure_key(layout, query, trained) for query in layout.config.queries()}
+        ask = partial(_measure_all, layout, model, int(training.removed.sum()), keys)
+        answered = measured_before(layout.losses(*model), keys).keys() == keys.keys()
+    else:
+        query = model[2]
+        key = measure_key(layout, query, trained)
+        ask = partial(measure, layout, model=model, query=query, key=key)
+        answered = _is_measured(layout.measure(*model, query), key)
+    if is_trained and not answered:
+        ask(load_unet(layout, device, path))
+        answered = True
+    missing = not answered or (keeps_weights and not is_trained)
+    if not missing:
         log.warning("%s is already there: kept.", training.name)
-        return
-    weights, _, record = train(layout, encoded, training, device)
-    if not PartialState().is_main_process:
-        return
-    if keeps_weights:
-        _keep(layout, path, weights, record)
-    if not shared:
-        unet = retrained_unet(layout, encoded, weights, pick_device(device))
-        measure(layout, unet, (method, k, member), member, measured)
-    discard_checkpoints(layout, training.name)
+    return _Work(model, training, keeps_weights, ask, missing)
 
 
-def retrain_measured(layout: Layout, method: str, k: int, member: str, device: str = "auto") -> None:
-    """Train a model of a random half or of a pool and write what it says of every query.
+def _measure_all(layout: Layout, model: Model, removed: int, keys: dict[str, str], unet: UNet2DConditionModel) -> None:
+    """Write what a model of a random half or of a pool says of every query.
 
     A query's loss is kept where its key still holds, so that a further query costs no training if the weights were
     kept.
-
-    Raises:
-        UserError: as :func:`training_of` and :func:`forgetrace.diffusion.training.train`.
     """
-    encoded = load_encoded(layout)
-    training = training_of(layout, encoded, method, k, member)
-    target = pick_device(device)
-    trained = training_key(layout, training, resolve_precision(layout.config.train.precision, target))
-    keys = {query: measure_key(layout, query, trained) for query in layout.config.queries()}
-    path, weights_path = layout.losses(method, k, member), layout.retrained(method, k, member)
+    path = layout.losses(*model)
     known = measured_before(path, keys)
-    missing = [query for query in keys if query not in known]
-    keeps_weights, is_trained = layout.config.retrain.keep_weights, _is_trained(weights_path, trained)
-    if not missing and (is_trained or not keeps_weights):
-        log.warning("%s is already there: kept.", training.name)
-        return
-    if is_trained:
-        unet = load_unet(layout, target, weights_path)
-    else:
-        weights, _, record = train(layout, encoded, training, device)
-        if not PartialState().is_main_process:
-            return
-        if keeps_weights:
-            _keep(layout, weights_path, weights, record)
-        unet = retrained_unet(layout, encoded, weights, target)
     # Rounding differs between processors, and other queries may have been measured elsewhere.
-    own = {"processor": processor_name(target)}
-    found = {query: {"key": keys[query]} | own | brief_measure(layout, unet, query) for query in missing}
-    record = {"method": method, "k": k, "member": member, "removed": int(training.removed.sum())}
+    own = {"processor": processor_name(unet.device)}
+    said = brief_measures(layout, unet, [query for query in keys if query not in known])
+    found = {query: {"key": keys[query]} | own | of_query for query, of_query in said.items()}
+    record = {"method": model[0], "k": model[1], "member": model[2], "removed": removed}
     write_json(path, record | {"queries": known | found})
-    discard_checkpoints(layout, training.name)
 
 
 def _keep(layout: Layout, path: str, weights: dict[str, torch.Tensor], record: dict) -> None:

@@ -70,7 +70,7 @@ def train_base(layout: Layout, device: str = "auto") -> None:
     write_tensors(layout.weights, weights, made_by)
     write_table(layout.curve, curve)
     write_json(layout.recipe, record | {"sha256": sha256_of(layout.weights), "made_by": made_by})
-    discard_checkpoints(layout, BASE)
+    discard_checkpoints(layout, training)
 
 
 def is_there(layout: Layout, key: str) -> bool:
@@ -83,7 +83,7 @@ def is_there(layout: Layout, key: str) -> bool:
     if not all(Path(file).exists() for file in files) or record.get("sha256") != sha256_of(layout.weights):
         return False
     if record.get("key") != key:
-        log.warning("The θ0 that is there is of other data or another recipe, seed, precision or torch: made again.")
+        log.warning("The θ0 that is there is of other data or another recipe, seed or precision: made again.")
         return False
     log.warning("θ0 is already there: kept.")
     return True

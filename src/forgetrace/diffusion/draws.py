@@ -5,7 +5,8 @@ D; where a removed image comes up, that slot alone is drawn again. A leave-K-out
 from θ0 by what was removed, not by a reshuffled order.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,13 +53,29 @@ def draw_step(
         latent_shape: (C, H, W).
         caption_dropout: share of dropped captions.
     """
+    common = _common(seed, step, len(removed), batch_size, length, latent_shape, caption_dropout)
+    return replace(common, rows=_redraw(common.rows, removed, seed, step))
+
+
+# Models that are trained as one ask for the same draws one after another.
+@functools.lru_cache(maxsize=4)
+def _common(
+    seed: int,
+    step: int,
+    images: int,
+    batch_size: int,
+    length: int,
+    latent_shape: tuple[int, ...],
+    caption_dropout: float,
+) -> StepDraw:
+    """The batch of a step where nothing is removed."""
     stream = generator(seed, "train", step)
-    rows = stream.integers(len(removed), size=batch_size)
+    rows = stream.integers(images, size=batch_size)
     timesteps = stream.integers(length, size=batch_size)
     dropped = stream.random(batch_size) < caption_dropout
     noise = stream.standard_normal((batch_size, *latent_shape), dtype=np.float32)
     picks = generator(seed, "view", step).random((batch_size, 2))
-    return StepDraw(_redraw(rows, removed, seed, step), timesteps, noise, dropped, picks)
+    return StepDraw(rows, timesteps, noise, dropped, picks)
 
 
 def _redraw(rows: np.ndarray, removed: np.ndarray, seed: int, step: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Training from scratch: θ0 and every leave-K-out model run this one loop.
+"""Training from scratch: θ0 and every leave-K-out model run this one loop, alone or several models as one.
 
 The loop is deterministic on one machine given (recipe, seed, removed images, threads). A checkpoint
 every few hundred steps holds everything the loop depends on, so a killed training ends with the same
@@ -11,7 +11,8 @@ import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,13 +25,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgetrace.artifacts import UserError, atomic, fingerprint, read_json, stage_versions, write_tensors
 from forgetrace.config import Train
-from forgetrace.diffusion.device import make_deterministic, pick_device, resolve_precision
+from forgetrace.diffusion.captured import Captured
+from forgetrace.diffusion.device import make_deterministic, pick_device, processor_name, resolve_precision
 from forgetrace.diffusion.draws import draw_step
 from forgetrace.diffusion.given import check_fits, given_source
 from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import build_scheduler, initial_unet
+from forgetrace.diffusion.stacked import clip_each, stacked
 from forgetrace.encoding.store import Encoded
-from forgetrace.layout import Layout
+from forgetrace.layout import STACKED, Layout
 from forgetrace.progress import progress
 
 log = logging.getLogger(__name__)
@@ -62,7 +65,7 @@ def learning_rate(recipe: Train, step: int) -> float:
 
 
 def training_key(layout: Layout, training: Training, precision: str) -> str:
-    """Fingerprint of everything a training's result depends on, but for the machine."""
+    """Fingerprint of everything a training's result depends on, but for what rounds: the machine and torch."""
     recipe = layout.config.train
     parent = {"parent": given_source(recipe.parent, "train.parent")} if recipe.parent else {}
     return fingerprint(
@@ -72,8 +75,6 @@ def training_key(layout: Layout, training: Training, precision: str) -> str:
             "seed": training.seed,
             "removed": np.flatnonzero(training.removed).tolist(),
             "data": read_json(layout.encode_manifest)["source"],
-            # Without the build: +cpu and +cu130 are one version, and the machine is not part of the key.
-            "torch": torch.__version__.partition("+")[0],
             "versions": stage_versions("encode", "train", "retrain"),
         }
         | parent
@@ -102,6 +103,31 @@ def train(
     Raises:
         UserError: the batch cannot be split between the processes, or the loss is not finite.
     """
+    return train_as_one(layout, encoded, [training], device, snapshots)[0]
+
+
+def train_as_one(
+    layout: Layout,
+    encoded: Encoded,
+    trainings: Sequence[Training],
+    device: str = "auto",
+    snapshots: Collection[int] = (),
+) -> list[tuple[Weights, pd.DataFrame, dict]]:
+    """As :func:`train` for several models of one recipe: each comes out as it would alone, but for rounding.
+
+    Args:
+        layout: the experiment; its recipe is ``config.train``.
+        encoded: the training set, D.
+        trainings: seeds and removed images, M ≥ 1.
+        device: as :func:`forgetrace.diffusion.device.pick_device`.
+        snapshots: as for :func:`train`, of a single training.
+
+    Returns:
+        For each training what :func:`train` returns.
+
+    Raises:
+        UserError: as for :func:`train`, or the architecture has layers that cannot be stacked.
+    """
     recipe = layout.config.train
     if recipe.lacks:
         raise UserError(f"No model can be trained here: {recipe.lacks}.")
@@ -115,9 +141,9 @@ def train(
             f"{accelerator.num_processes} processes."
         )
     make_deterministic()
-    loop = _Loop(layout, encoded, training, accelerator, precision)
+    loop = _Loop(layout, encoded, trainings, accelerator, precision)
     loop.resume(snapshots)
-    with progress(total=recipe.steps, unit="step", what=f"train {training.name}", done=loop.step) as bar:
+    with progress(total=recipe.steps, unit="step", what=f"train {loop.called}", done=loop.step) as bar:
         while loop.step < recipe.steps:
             loop.run_step()
             bar.update()
@@ -125,26 +151,39 @@ def train(
                 continue
             # Before the checkpoint: a run that resumes after this step does not come by here again.
             if loop.step in snapshots:
-                write_tensors(snapshot_path(layout, training.name, loop.step), loop.raw_weights(), {})
+                write_tensors(snapshot_path(layout, trainings[0].name, loop.step), loop.raw_weights()[0], {})
             if loop.step % recipe.checkpoint_every == 0 and loop.step < recipe.steps:
                 loop.save_checkpoint()
-    record = {"key": loop.key, "seed": training.seed, "precision": precision, "threads": recipe.threads}
-    record |= {"processes": accelerator.num_processes, "removed": int(training.removed.sum())}
-    return loop.averaged_weights(), loop.curve(), record
+    same = {"precision": precision, "threads": recipe.threads, "processes": accelerator.num_processes}
+    same |= {"torch": torch.__version__, "processor": processor_name(accelerator.device)}
+    records = [
+        {"key": training_key(layout, training, precision), "seed": training.seed}
+        | {"removed": int(training.removed.sum())}
+        | same
+        for training in trainings
+    ]
+    return list(zip(loop.averaged_weights(), loop.curves(), records, strict=True))
 
 
 class _Loop:
-    """The state of a training and its one step."""
+    """The state of the trainings and their one step."""
 
-    def __init__(self, layout: Layout, encoded: Encoded, training: Training, accelerator: Accelerator, precision: str):
+    def __init__(
+        self,
+        layout: Layout,
+        encoded: Encoded,
+        trainings: Sequence[Training],
+        accelerator: Accelerator,
+        precision: str,
+    ):
         recipe = layout.config.train
-        self.recipe, self.encoded, self.training, self.accelerator = recipe, encoded, training, accelerator
+        self.recipe, self.encoded, self.trainings, self.accelerator = recipe, encoded, trainings, accelerator
         self.shape = tuple(encoded.latents.shape[1:])
-        unet = initial_unet(recipe, self.shape, encoded.captions.shape[2], training.seed)
+        unets = [initial_unet(recipe, self.shape, encoded.captions.shape[2], training.seed) for training in trainings]
         self.scheduler = build_scheduler(recipe)
         if recipe.parent:
-            check_fits(unet, self.scheduler, recipe, encoded)
-        unet = unet.to(accelerator.device)
+            check_fits(unets[0], self.scheduler, recipe, encoded)
+        unet = (unets[0] if self.alone else stacked(unets)).to(accelerator.device)
         self.ema = EMAModel(unet.parameters(), decay=recipe.ema_decay, foreach=True)
         optimizer = torch.optim.AdamW(
             unet.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
@@ -156,71 +195,127 @@ class _Loop:
         # In bf16 on a CPU the fused attention kernel's backward takes half of the step.
         math_attention = precision == "bf16" and accelerator.device.type == "cpu"
         self.attention = (lambda: sdpa_kernel(SDPBackend.MATH)) if math_attention else contextlib.nullcontext
+        self.gradients = self._recomputed
+        if accelerator.device.type == "cuda" and accelerator.num_processes == 1:
+            self.gradients = Captured(self._gradients, self.optimizer.zero_grad)
         self.step, self.losses = 0, []
-        self.key = training_key(layout, training, precision)
-        self.layout = layout
+        keys = [training_key(layout, training, precision) for training in trainings]
+        self.key = keys[0] if self.alone else fingerprint(keys)
+        self.called = trainings[0].name if self.alone else f"{len(trainings)} models"
+        self.checkpoints = checkpoints_of(layout, trainings)
+        self.layout, self.drawn, self.ahead = layout, None, ThreadPoolExecutor(1)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one model only, which then is not stacked."""
+        return len(self.trainings) == 1
 
     def run_step(self) -> None:
-        """One optimiser step."""
-        rows, captions, timesteps, noise = self._batch()
+        """One optimiser step; on a GPU, the next batch is drawn beside it."""
+        drawn = self._draw(self.step) if self.drawn is None else self.drawn.result()
+        on_gpu = self.accelerator.device.type != "cpu"
+        self.drawn = None
+        if on_gpu and self.step + 1 < self.recipe.steps:
+            self.drawn = self.ahead.submit(self._draw, self.step + 1)
         rate = learning_rate(self.recipe, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with self.attention():
-            loss = example_losses(self.unet, self.scheduler, rows, captions, timesteps, noise).mean()
-            self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.unet.parameters(), self.recipe.gradient_clip)
+        losses = self.gradients(*self._batch(*drawn))
+        if self.alone:
+            self.accelerator.clip_grad_norm_(self.unet.parameters(), self.recipe.gradient_clip)
+        else:
+            clip_each(list(self.unet.parameters()), self.recipe.gradient_clip)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.ema.step(self._bare().parameters())
-        self.losses.append(self.accelerator.reduce(loss.detach(), "mean").item())
+        self.losses.append(self.accelerator.reduce(losses, "mean").tolist())
         self.step += 1
-        if not math.isfinite(self.losses[-1]):
-            raise UserError(
-                f"The training {self.training.name} diverged at step {self.step} (loss {self.losses[-1]}): "
-                "lower train.learning_rate or raise train.warmup_steps."
-            )
+        for training, loss in zip(self.trainings, self.losses[-1], strict=True):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"The training {training.name} diverged at step {self.step} (loss {loss}): "
+                    "lower train.learning_rate or raise train.warmup_steps."
+                )
 
-    def _batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This process's share of the step's latents, token states, timesteps and noise."""
-        recipe, device = self.recipe, self.accelerator.device
-        draw = draw_step(
-            self.training.seed,
-            self.step,
-            self.training.removed,
-            recipe.batch_size,
-            recipe.timesteps,
-            self.shape,
-            recipe.caption_dropout,
-        )
+    def _gradients(
+        self, latents: torch.Tensor, captions: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """Leave the gradients of a batch; the mean loss of each model, (M,)."""
+        with self.attention():
+            losses = example_losses(self.unet, self.scheduler, latents, captions, timesteps, noise)
+            losses = losses.view(len(self.trainings), -1).mean(dim=1)
+            self.accelerator.backward(losses.sum())
+        return losses.detach()
+
+    def _recomputed(self, *batch: torch.Tensor) -> torch.Tensor:
+        self.optimizer.zero_grad()
+        return self._gradients(*batch)
+
+    def _draw(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This process's share of a step: latents, rows of captions, timesteps and noise, model by model."""
+        recipe = self.recipe
+        draws = [
+            draw_step(
+                training.seed,
+                step,
+                training.removed,
+                recipe.batch_size,
+                recipe.timesteps,
+                self.shape,
+                recipe.caption_dropout,
+            )
+            for training in self.trainings
+        ]
         part = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        picks = draw.picks[part] if self.encoded.has_views else None
-        rows, captions = self.encoded.views(draw.rows[part], picks)
-        captions[torch.from_numpy(draw.dropped[part])] = self.encoded.empty_row
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([getattr(draw, name)[part] for draw in draws])
+
+        picks = joined("picks") if self.encoded.has_views else None
+        rows, captions = self.encoded.views(joined("rows"), picks)
+        captions[torch.from_numpy(joined("dropped"))] = self.encoded.empty_row
         return (
-            self.encoded.batch(rows).to(device),
-            self.encoded.states(captions).to(device) if self.captions is None else self.captions[captions.to(device)],
-            torch.from_numpy(draw.timesteps[part]).to(device),
-            torch.from_numpy(draw.noise[part]).to(device),
+            self.encoded.batch(rows),
+            captions,
+            torch.from_numpy(joined("timesteps")),
+            torch.from_numpy(joined("noise")),
         )
+
+    def _batch(
+        self, latents: torch.Tensor, captions: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What was drawn, where the work is: latents, token states, timesteps, noise."""
+        device = self.accelerator.device
+        states = self.encoded.states(captions) if self.captions is None else self.captions[captions.to(device)]
+        return latents.to(device), states.to(device), timesteps.to(device), noise.to(device)
 
     def _bare(self) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.unet)
 
-    def raw_weights(self) -> Weights:
-        """The weights the optimiser works on."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self._bare().state_dict().items()}
+    def _apart(self, weights: Weights) -> list[Weights]:
+        """Each model's own weights."""
+        weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+        if self.alone:
+            return [{name: tensor.clone() for name, tensor in weights.items()}]
+        return [
+            {name: tensor[model].clone() for name, tensor in weights.items()} for model in range(len(self.trainings))
+        ]
 
-    def averaged_weights(self) -> Weights:
-        """The exponential moving average of the weights."""
+    def raw_weights(self) -> list[Weights]:
+        """The weights the optimiser works on, of each model."""
+        return self._apart(self._bare().state_dict())
+
+    def averaged_weights(self) -> list[Weights]:
+        """The exponential moving average of the weights, of each model."""
         names = [name for name, _ in self._bare().named_parameters()]
-        average = {name: tensor.detach().cpu() for name, tensor in zip(names, self.ema.shadow_params, strict=True)}
-        return self.raw_weights() | average
+        return self._apart(self._bare().state_dict() | dict(zip(names, self.ema.shadow_params, strict=True)))
 
-    def curve(self) -> pd.DataFrame:
-        """Loss and learning rate of every step, from 1."""
+    def curves(self) -> list[pd.DataFrame]:
+        """Each model's loss and learning rate of every step, from 1."""
         rates = [learning_rate(self.recipe, step) for step in range(self.step)]
-        return pd.DataFrame({"step": range(1, self.step + 1), "loss": self.losses, "learning_rate": rates})
+        return [
+            pd.DataFrame({"step": range(1, self.step + 1), "loss": losses, "learning_rate": rates})
+            for losses in np.array(self.losses).reshape(-1, len(self.trainings)).T
+        ]
 
     def save_checkpoint(self) -> None:
         """Write everything the rest of the loop depends on."""
@@ -237,11 +332,11 @@ class _Loop:
             torch.save(state, out)
 
     def _checkpoint(self) -> Path:
-        return Path(self.layout.checkpoints(self.training.name)) / "last.pt"
+        return Path(self.checkpoints) / "last.pt"
 
     def resume(self, snapshots: Collection[int]) -> None:
         """Continue from the checkpoint, where there is one of this very training with its snapshots."""
-        path, name = self._checkpoint(), self.training.name
+        path, name = self._checkpoint(), self.called
         if not path.exists():
             return
         try:
@@ -253,7 +348,8 @@ class _Loop:
         if key != self.key:
             log.warning("%s is of another training; training %s from the start.", path, name)
             return
-        if not all(snapshot_path(self.layout, name, past).exists() for past in snapshots if past <= step):
+        kept = (snapshot_path(self.layout, self.trainings[0].name, past) for past in snapshots if past <= step)
+        if not all(path.exists() for path in kept):
             log.warning("%s lacks earlier snapshots; training %s from the start.", path.parent, name)
             return
         self._bare().load_state_dict(state["weights"])
@@ -272,6 +368,12 @@ def snapshot_path(layout: Layout, training: str, step: int) -> Path:
     return Path(layout.checkpoints(training)) / f"step-{step:06d}.safetensors"
 
 
-def discard_checkpoints(layout: Layout, training: str) -> None:
-    """Remove a finished training's checkpoints; called once its outputs are in place."""
-    shutil.rmtree(layout.checkpoints(training), ignore_errors=True)
+def checkpoints_of(layout: Layout, trainings: Sequence[Training]) -> str:
+    """Folder of the checkpoints of these trainings, alone or as one."""
+    names = [training.name for training in trainings]
+    return layout.checkpoints(names[0] if len(names) == 1 else f"{STACKED}/{fingerprint(names)[:16]}")
+
+
+def discard_checkpoints(layout: Layout, *trainings: Training) -> None:
+    """Remove the checkpoints of a finished training, or of several as one; called once their outputs are in place."""
+    shutil.rmtree(checkpoints_of(layout, trainings), ignore_errors=True)

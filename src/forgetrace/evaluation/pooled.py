@@ -61,6 +61,8 @@ def pooled(layout: Layout, partial: bool = False) -> pd.DataFrame:
                     pools, compared = config.retrain.pools, _against(values, reference, layout)
                     rows.append((method, k, metric, len(values), pools, *sizes[method], *found, *compared))
     table = pd.DataFrame(rows, columns=POOLED[:-2])
+    if table.empty:  # nothing to group
+        return table.reindex(columns=POOLED)
     ps = table.groupby(["k", "metric"])[["p_vs_random", "p_vs_reference"]].transform(holm)
     return table.join(ps.add_suffix("_holm"))
 

@@ -8,6 +8,7 @@ No counterfactual of a reported query is looked at. What an unlearning variant l
 name of its settings, so that a killed run goes on with the next; ``forgetrace tidy`` finds it when it is over.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +25,12 @@ from forgetrace.artifacts import (
     stage_versions,
     write_json,
 )
+from forgetrace.attribution.influence import InnerProducts
 from forgetrace.attribution.ranking import rank
 from forgetrace.attribution.registry import attributor, check_methods
 from forgetrace.attribution.scan import scan
 from forgetrace.config import Config, parse_config
-from forgetrace.counterfactual.measure import brief_measure, measure_key
+from forgetrace.counterfactual.measure import brief_measures, measure_key
 from forgetrace.counterfactual.retrain import measured_before, retrained_unet
 from forgetrace.curvature.fit import fit
 from forgetrace.diffusion.device import pick_device, resolve_precision
@@ -75,8 +77,7 @@ def tune(
     trials = {value: trial(layout, method, option, value) for value in values}
     if leave_out:
         rows = []
-        for value, tried in trials.items():
-            scores = _scores(tried, method, queries, device)
+        for value, scores in _all_scores(trials, method, option, queries, device):
             rises, removed = rise_without(layout, queries, scores, leave_out, device)
             rows += [(value, query, rises[query], removed) for query in queries]
         return pd.DataFrame(rows, columns=["value", "query", "delta_loss", "removed"])
@@ -89,8 +90,7 @@ def tune(
     if not len(halves.kept):
         raise UserError("No model of a random half has been trained yet: run the experiment's retrainings first.")
     rows = []
-    for value, tried in trials.items():
-        scores = _scores(tried, method, queries, device)
+    for value, scores in _all_scores(trials, method, option, queries, device):
         found = correlations(halves, {method: scores}, 0, layout.config.seed)[method]
         rows += [(value, query, found[query][0], len(halves.kept)) for query in queries]
     return pd.DataFrame(rows, columns=["value", "query", "lds", "halves"])
@@ -137,11 +137,11 @@ def rise_without(
     if (said := measured_before(path, keys)).keys() != keys.keys():
         weights, _, _ = train(layout, encoded, training, device)
         unet = retrained_unet(layout, encoded, weights, target)
-        said = {query: {"key": keys[query]} | brief_measure(layout, unet, query) for query in queries}
+        said = {query: {"key": keys[query]} | of for query, of in brief_measures(layout, unet, queries).items()}
         write_json(path, {"removed": int(removed.sum()), "queries": said})
-        discard_checkpoints(layout, training.name)
-    theta0 = load_unet(layout, target)
-    return {q: said[q]["loss"] - brief_measure(layout, theta0, q)["loss"] for q in queries}, int(removed.sum())
+        discard_checkpoints(layout, training)
+    before = brief_measures(layout, load_unet(layout, target), queries)
+    return {query: said[query]["loss"] - before[query]["loss"] for query in queries}, int(removed.sum())
 
 
 def _parsed(value: str) -> object:
@@ -184,6 +184,18 @@ def underlying(layout: Layout) -> dict:
     settings = layout.config.digest_of("seed", "synthesize", "fit", "scan")
     versions = stage_versions("synthesize", "fit", "unlearn", "scan")
     return {"settings": settings, "versions": versions, "inputs": provenance({}, inputs)["inputs"]}
+
+
+def _all_scores(
+    trials: dict[str, Layout], method: str, option: str, queries: list[str], device: str
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """The scores of the queries by value of the option; values that only change a direction share their passes."""
+    sources = [attributor(tried, method, device) for tried in trials.values()]
+    if sources and isinstance(sources[0], InnerProducts) and option in sources[0].directed_by:
+        yield from zip(trials, sources[0].scores_of_settings(sources, queries), strict=True)
+        return
+    for value, tried in trials.items():
+        yield value, _scores(tried, method, queries, device)
 
 
 def _scores(layout: Layout, method: str, queries: list[str], device: str) -> dict[str, np.ndarray]:

@@ -50,6 +50,8 @@ def variant_values(layout: Layout, variant: str, encode: Encoder) -> dict[str, t
 
     The rise of the loss of other training images is known as their mean alone: (queries, 1).
     """
+    # Before the images, whose encoding takes minutes.
+    records = [read_json(layout.unlearned(variant, query)["losses"]) for query in layout.config.forgotten_queries()]
     arrays = read_arrays(layout.regenerated(variant))
     pairs = zip(arrays["targets"], arrays["targets_unlearned"], strict=True)
     of_query = _joined([image_metrics(before, after[None], encode) for before, after in pairs])
@@ -58,7 +60,6 @@ def variant_values(layout: Layout, variant: str, encode: Encoder) -> dict[str, t
     of_others = _joined([image_metrics(before, after, encode) for before, after in pairs])
     queries = len(arrays["targets"])
     values = {metric: (of_query[metric], of_others[metric].reshape(-1, queries).T) for metric in of_query}
-    records = [read_json(layout.unlearned(variant, query)["losses"]) for query in layout.config.forgotten_queries()]
     rise = np.array([[r["after"][what] - r["before"][what] for what in ("query", "others")] for r in records])
     return {LOSS: (rise[:, 0], rise[:, 1:])} | values
 

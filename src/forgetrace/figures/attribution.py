@@ -34,11 +34,12 @@ def draw(layout: Layout, name: str, query: str) -> None:
     rows = {method: ranked_first(layout, method, query, index, read) for method in layout.config.score.methods}
     longest = max(len(row) for row in rows.values())
     with look():
-        width = 2 * MARGIN + LABEL + longest * (TILE + GAP) - GAP
+        label = max(LABEL, *(0.25 + 0.1 * len(method) for method in rows))
+        width = 2 * MARGIN + label + longest * (TILE + GAP) - GAP
         page = Page(max(width, 6.0), 2 * MARGIN + HEADER + len(rows) * ROW - 0.1)
         _header(page, query, record["prompt"], read_image(layout.query(query)["image"]))
         for i, (method, ranked) in enumerate(rows.items()):
-            row(page, MARGIN + HEADER + i * ROW, method, colour_of(layout, method), ranked)
+            row(page, MARGIN + HEADER + i * ROW, method, colour_of(layout, method), ranked, label)
         save(page.figure, layout, name)
 
 

@@ -33,7 +33,8 @@ def draw(layout: Layout, name: str) -> None:
         for metric in (OF_REGIONS if layout.config.synthesize.regions else SHOWN)
         if (summary["metric"] == metric).any()
     ]
-    methods = [method for method in layout.config.retrain.methods if method != RANDOM]
+    measured = set(summary["method"])  # all, but for a partial evaluation
+    methods = [method for method in layout.config.retrain.methods if method != RANDOM and method in measured]
     with look():
         if len(methods) <= SIDE_BY_SIDE:
             figure = _side_by_side(layout, shown, summary, values)

@@ -28,6 +28,7 @@ def draw(layout: Layout, name: str) -> None:
     methods = methods.sort_values("mean", ascending=False, kind="stable")["method"].tolist()
     # A single pool has no controls to compare its targets with.
     pooled = read_table(layout.table("pooled")) if layout.config.retrain.pools > 1 else None
+    pooled = None if pooled is not None and pooled.empty else pooled  # none has been trained yet
     with look():
         panels = 1 if pooled is None else 2
         size = (WIDTH * panels + 0.8, MARGIN + rows.HEIGHT * len(methods))
