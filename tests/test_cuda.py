@@ -179,7 +179,8 @@ def test_retraining_and_measuring(gpu):
     for model in gpu.shared_models()[1:]:
         retrain(gpu, [model], "cuda")
     measure_shared(gpu, "report-00", "cuda")
-    retrain(replace(gpu, config=settings(retrain={"stack": 4})), [("unlearn", 10, "report-00")], "cuda")
+    together = replace(gpu, config=settings(retrain={"stack": 4}))
+    retrain(together, [("unlearn", 10, "report-00"), ("random", 10, "draw9")], "cuda")
     record = read_json(gpu.measure("unlearn", 10, "report-00", "report-00")["losses"])
     assert record["processor"] == torch.cuda.get_device_name()
     assert np.isfinite(record["losses"]).all()

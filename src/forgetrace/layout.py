@@ -11,6 +11,7 @@ from forgetrace.artifacts import safe_name
 from forgetrace.config import HALF_SET, RANDOM, SEED_SET, Config, load_config
 
 BASE = "base"  # θ0 where a model is named by (method, k, member)
+SHARED, POOLS = "shared", "pools"  # sets of models, beside those of methods and halves
 STACKED = "stacked"  # folder for checkpoints of models that are trained as one
 
 
@@ -280,7 +281,7 @@ class Layout:
 
         The sets are ``shared``, ``half``, ``pools`` and each judged method; none is empty.
         """
-        sets = {"shared": self.shared_models()[1:], "half": self.half_models(), "pools": self.pooled_models()}
+        sets = {SHARED: self.shared_models()[1:], HALF_SET: self.half_models(), POOLS: self.pooled_models()}
         for query in self.config.judged_queries():
             for model in self.measured_models(query)[len(self.shared_models()) :]:
                 sets.setdefault(model[0], []).append(model)

@@ -45,7 +45,7 @@ def test_an_option_that_would_be_ignored_is_named(name, option):
         check_methods(config(methods, unlearn={"v": {"step_size": 0.1}}))
 
 
-@pytest.mark.parametrize("name", ["base", "seed", "half", "ceiling"])
+@pytest.mark.parametrize("name", ["base", "seed", "half", "ceiling", "shared", "pools"])
 def test_names_of_the_evaluations_own_models_are_reserved(name):
     with pytest.raises(UserError, match=f"'{name}' names models of the evaluation"):
         check_methods(config({name: {"attributor": "pixel"}}))

@@ -145,6 +145,44 @@ def test_models_trained_as_one_say_what_they_say_alone(tiny, monkeypatch):
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-3)
 
 
+STACK = [("half", 0, "draw0"), ("half", 0, "draw1"), ("random", 10, "draw0")]
+
+
+def interrupted_when_asked(layout, monkeypatch, asked: int) -> None:
+    """Retrain and be interrupted once so many models have been asked."""
+    count, brief = [], module.brief_measures
+
+    def failing(*given):
+        if len(count) == asked:
+            raise KeyboardInterrupt
+        count.append(1)
+        return brief(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "brief_measures", failing)
+        with pytest.raises(KeyboardInterrupt):
+            retrain(layout, STACK, "cpu")
+
+
+@pytest.mark.parametrize("taken_back", [True, False])
+def test_models_that_are_trained_but_not_all_asked_are_not_trained_again(tiny, monkeypatch, taken_back):
+    layout = replace(tiny, config=settings(retrain={"stack": 2, "subsets": 2}))
+    for query in ("report-01", "mine"):
+        folder = Path(layout.query(query)["tensors"]).parent
+        shutil.copytree(Path(layout.query("report-00")["tensors"]).parent, folder, dirs_exist_ok=True)
+    interrupted_when_asked(layout, monkeypatch, 1)
+    first = Path(layout.losses(*STACK[0]))
+    if taken_back:  # by Snakemake, after a failed job
+        first.unlink()
+    steps, run_step = [], training_module._Loop.run_step
+    monkeypatch.setattr(training_module._Loop, "run_step", lambda loop: steps.append(loop.called) or run_step(loop))
+    retrain(layout, STACK, "cpu")
+    assert steps == ["random-k10-draw0"] * 8
+    assert first.exists()
+    assert Path(layout.losses(*STACK[1])).exists()
+    assert not any(Path(layout.checkpoints("stacked")).glob("*"))
+
+
 def test_an_unchanged_measurement_is_kept(measured, trainings):
     before = Path(files(measured)["losses"]).read_bytes()
     os.utime(measured.score("unlearn", "report-00"))  # newer, but the same

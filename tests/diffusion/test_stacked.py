@@ -1,9 +1,11 @@
 """Models trained as one come out as they would alone."""
 
+import contextlib
 import copy
 import os
 import signal
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 
 from forgetrace.artifacts import UserError
 from forgetrace.diffusion import training as module
+from forgetrace.diffusion.captured import Captured
 from forgetrace.diffusion.stacked import clip_each, stacked
 from forgetrace.diffusion.training import Training, discard_checkpoints, train, train_as_one
 from forgetrace.encoding.store import load_encoded
@@ -152,17 +155,43 @@ def test_killed_models_resume_to_the_same_bits(tiny, monkeypatch):
     assert steps == [3, 4, 5, 6, 7]
 
 
-def test_the_batch_drawn_ahead_is_the_one_that_would_be_drawn(tiny):
-    """On a GPU the next batch is drawn while the step runs."""
-    from concurrent.futures import ThreadPoolExecutor
+def test_with_batches_drawn_ahead_as_on_a_gpu_a_training_is_the_same(tiny, monkeypatch):
+    encoded = load_encoded(tiny)
+    expected = train_as_one(tiny, encoded, TRAININGS, "cpu")
+    discard_checkpoints(tiny, *TRAININGS)
+    begin, ahead = module._Loop.__init__, []
 
-    from accelerate import Accelerator
+    def drawing_ahead(loop, *given):
+        begin(loop, *given)
+        loop.draws_ahead = True
+        submit = loop.ahead.submit
+        loop.ahead.submit = lambda draw, step: ahead.append(step) or submit(draw, step)
 
-    loop = module._Loop(tiny, load_encoded(tiny), TRAININGS, Accelerator(cpu=True), "fp32")
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(loop._draw, 4).result()
-    for a, b in zip(ahead, loop._draw(4), strict=True):
-        assert torch.equal(a, b)
+    monkeypatch.setattr(module._Loop, "__init__", drawing_ahead)
+    for (weights, curve, _), (alone, alone_curve, _) in zip(
+        train_as_one(tiny, encoded, TRAININGS, "cpu"), expected, strict=True
+    ):
+        assert all(torch.equal(weights[name], alone[name]) for name in alone)
+        assert curve.equals(alone_curve)
+    assert ahead == list(range(1, 8))
+
+
+def test_a_step_that_cannot_be_recorded_is_launched_each_time(monkeypatch, caplog):
+    @contextlib.contextmanager
+    def refuses(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", refuses)
+    cleared = []
+    double = Captured(lambda value: 2 * value, lambda: cleared.append(1))
+    assert [float(double(torch.tensor(float(i)))) for i in range(6)] == [0, 2, 4, 6, 8, 10]
+    assert len(cleared) == 6 + 2
+    assert len(caplog.records) == 1
+    assert "cannot record" in caplog.text
 
 
 def test_a_diverged_model_is_named(tiny):

@@ -74,7 +74,7 @@ def test_every_value_of_a_variants_option_is_scored_on_the_tuning_queries(tiny, 
 def test_an_option_of_the_method_itself_is_changed_there(tiny, monkeypatch, together):
     methods = {"influence": {"timesteps": 2}, "random": {}}
     layout = with_halves(tiny, score={"methods": methods}, retrain={"subsets": HALVES, "queries": 1, "methods": []})
-    if not together:  # memory for the directions of one query and setting only
+    if not together:  # one query after the other, each with all settings
         monkeypatch.setattr(Gradients, "at_once", lambda self: 1)
     passes, products = [], Gradients.products
     monkeypatch.setattr(Gradients, "products", lambda *given: passes.append(1) or products(*given))

@@ -6,6 +6,7 @@ import pytest
 
 from forgetrace.artifacts import UserError, read_array, read_arrays, read_image, read_tensors
 from forgetrace.cli import unlearn as command
+from forgetrace.diffusion import synthesis
 from forgetrace.diffusion.model import load_unet
 from forgetrace.diffusion.synthesis import regenerate
 from forgetrace.encoding.latents import to_pixels
@@ -67,7 +68,7 @@ def test_targets_and_others_are_what_one_sampling_each_gives(layout):
 def test_batches_do_not_matter(layout, monkeypatch):
     quality.regenerate_unlearned(layout, "unlearn", CPU)
     at_once = read_arrays(layout.regenerated("unlearn"))
-    monkeypatch.setattr(quality, "NUMBERS", 2 * 12 * 8 * 8)
+    monkeypatch.setattr(synthesis, "NUMBERS", 2 * 12 * 8 * 8)
     quality.regenerate_unlearned(layout, "unlearn", CPU)
     for name, array in read_arrays(layout.regenerated("unlearn")).items():
         np.testing.assert_allclose(array.astype(int), at_once[name], atol=1)

@@ -135,6 +135,9 @@ def _joined(sources: Sequence[InnerProducts], gradients: Gradients, queries: lis
     import torch
 
     found = [source.directions(gradients, queries) for source in sources]
+    gradients.known.clear()
+    if len(found) == 1:
+        return found[0]
     return {name: torch.cat([vectors[name] for vectors in found]) for name in found[0]}
 
 

@@ -11,7 +11,7 @@ from forgetrace.attribution.trak import Das, DTrak, JourneyTrak, Trak
 from forgetrace.attribution.unet_features import UNetFeatures
 from forgetrace.attribution.unlearning import Unlearning
 from forgetrace.config import CEILING, HALF_SET, RANDOM, SEED_SET, Config
-from forgetrace.layout import BASE, Layout
+from forgetrace.layout import BASE, POOLS, SHARED, Layout
 
 ATTRIBUTORS: dict[str, type[Attributor]] = {
     "unlearning": Unlearning,
@@ -74,7 +74,7 @@ def check_methods(config: Config) -> None:
             that is not in the config.
     """
     for method, options in config.score.methods.items():
-        if method in (BASE, SEED_SET, HALF_SET, CEILING):
+        if method in (BASE, SEED_SET, HALF_SET, CEILING, SHARED, POOLS):
             raise UserError(f"score.methods.{method}: '{method}' names models of the evaluation; choose another name.")
         name = options.attributor or method
         if (method == RANDOM) != (name == RANDOM):

@@ -13,7 +13,7 @@ from forgetrace.diffusion.loss import batched_losses
 from forgetrace.diffusion.model import load_scheduler
 from forgetrace.diffusion.noise import NoiseBank
 from forgetrace.diffusion.regions import LATENT, PIXELS
-from forgetrace.diffusion.synthesis import generate, regenerate
+from forgetrace.diffusion.synthesis import generate_many, regenerate
 from forgetrace.encoding.codec import codec_of
 from forgetrace.layout import Layout
 
@@ -69,7 +69,7 @@ def brief_measures(layout: Layout, unet: UNet2DConditionModel, queries: Sequence
         np.stack([arrays[query][name] for query in generated]) for name in ("initial_noise", "prompt", "latent")
     )
     codec = codec_of(layout.config.encode, unet.device)
-    images, made = codec.decode(originals), codec.decode(generate(layout, unet, noises, prompts))
+    images, made = codec.decode(originals), codec.decode(generate_many(layout, unet, noises, prompts))
     for query, original, image in zip(generated, images, made, strict=True):
         inside = arrays[query].get(PIXELS, slice(None))
         found[query]["mse"] = float(np.square((image.astype(float) - original) / 255)[inside].mean())

@@ -30,7 +30,7 @@ from forgetrace.counterfactual.measure import brief_measures, measure, measure_k
 from forgetrace.counterfactual.sets import training_of
 from forgetrace.diffusion.device import pick_device, processor_name, resolve_precision
 from forgetrace.diffusion.model import build_unet, frozen, load_unet
-from forgetrace.diffusion.training import Training, discard_checkpoints, train_as_one, training_key
+from forgetrace.diffusion.training import Training, discard_checkpoints, has_checkpoint, train_as_one, training_key
 from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import Layout
 
@@ -50,18 +50,27 @@ def retrain(layout: Layout, models: Sequence[Model], device: str = "auto") -> No
         UserError: as :func:`training_of` and :func:`forgetrace.diffusion.training.train_as_one`.
     """
     encoded, target = load_encoded(layout), pick_device(device)
-    work = [work for model in models if (work := _work(layout, encoded, model, target)).missing]
+    work, groups = [_work(layout, encoded, model, target) for model in models], []
     for start in range(0, len(work), layout.config.retrain.stack):
         part = work[start : start + layout.config.retrain.stack]
-        trained = train_as_one(layout, encoded, [one.training for one in part], device)
+        missing = [one for one in part if one.missing]
+        if not missing:
+            continue
+        # A run that was killed when some of them had been asked already left all of them.
+        group = part if has_checkpoint(layout, [one.training for one in part]) else missing
+        groups.append([one.training for one in group])
+        trained = train_as_one(layout, encoded, groups[-1], device)
         if not PartialState().is_main_process:
             continue
-        for one, (weights, _, record) in zip(part, trained, strict=True):
-            if one.keeps_weights:
+        for one, (weights, _, record) in zip(group, trained, strict=True):
+            if one.missing and one.keeps_weights:
                 _keep(layout, layout.retrained(*one.model), weights, record)
-            if one.ask:
+            if one.missing and one.ask:
                 one.ask(retrained_unet(layout, encoded, weights, target))
-        discard_checkpoints(layout, *(one.training for one in part))
+    # Not before the last is asked: where a job fails, Snakemake takes back what it wrote.
+    if PartialState().is_main_process:
+        for trainings in groups:
+            discard_checkpoints(layout, *trainings)
 
 
 @dataclass(frozen=True)

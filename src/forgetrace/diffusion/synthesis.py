@@ -33,6 +33,7 @@ from forgetrace.encoding.given import query_files, query_image, read_queries
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
 
+NUMBERS = 100 * 12 * 8 * 8  # of the latents that are sampled at once: a hundred digits, four of Stable Diffusion's
 log = logging.getLogger(__name__)
 
 
@@ -171,6 +172,13 @@ def regenerate(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, 
 def generate(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, prompts: np.ndarray) -> np.ndarray:
     """:func:`regenerate` for n initial noises and prompts at once, (n, C, H, W) and (n, tokens, width)."""
     return clipped(layout.config.encode, sample(*_sampling(layout, unet, initial, prompts)).cpu().numpy())
+
+
+def generate_many(layout: Layout, unet: UNet2DConditionModel, initial: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """:func:`generate`, as many at once as make up :data:`NUMBERS`."""
+    count = max(1, NUMBERS // initial[0].size)
+    batches = [slice(start, start + count) for start in range(0, len(initial), count)]
+    return np.concatenate([generate(layout, unet, initial[batch], prompts[batch]) for batch in batches])
 
 
 def journey(

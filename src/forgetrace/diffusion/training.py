@@ -152,17 +152,18 @@ def train_as_one(
             # Before the checkpoint: a run that resumes after this step does not come by here again.
             if loop.step in snapshots:
                 write_tensors(snapshot_path(layout, trainings[0].name, loop.step), loop.raw_weights()[0], {})
-            if loop.step % recipe.checkpoint_every == 0 and loop.step < recipe.steps:
+            # That of the last step serves models trained as one, which take long to be asked; a single one is at once.
+            if loop.step % recipe.checkpoint_every == 0 if loop.step < recipe.steps else not loop.alone:
                 loop.save_checkpoint()
     same = {"precision": precision, "threads": recipe.threads, "processes": accelerator.num_processes}
     same |= {"torch": torch.__version__, "processor": processor_name(accelerator.device)}
     records = [
-        {"key": training_key(layout, training, precision), "seed": training.seed}
-        | {"removed": int(training.removed.sum())}
-        | same
-        for training in trainings
+        {"key": key, "seed": training.seed, "removed": int(training.removed.sum())} | same
+        for key, training in zip(loop.keys, trainings, strict=True)
     ]
-    return list(zip(loop.averaged_weights(), loop.curves(), records, strict=True))
+    trained = list(zip(loop.averaged_weights(), loop.curves(), records, strict=True))
+    loop.close()
+    return trained
 
 
 class _Loop:
@@ -199,11 +200,14 @@ class _Loop:
         if accelerator.device.type == "cuda" and accelerator.num_processes == 1:
             self.gradients = Captured(self._gradients, self.optimizer.zero_grad)
         self.step, self.losses = 0, []
-        keys = [training_key(layout, training, precision) for training in trainings]
-        self.key = keys[0] if self.alone else fingerprint(keys)
+        # Of now: files may change while the training runs.
+        self.keys = [training_key(layout, training, precision) for training in trainings]
+        self.key = self.keys[0] if self.alone else fingerprint(self.keys)
         self.called = trainings[0].name if self.alone else f"{len(trainings)} models"
         self.checkpoints = checkpoints_of(layout, trainings)
-        self.layout, self.drawn, self.ahead = layout, None, ThreadPoolExecutor(1)
+        self.layout = layout
+        # On a GPU the next batch is drawn beside a step.
+        self.draws_ahead, self.drawn, self.ahead = accelerator.device.type != "cpu", None, ThreadPoolExecutor(1)
 
     @property
     def alone(self) -> bool:
@@ -211,11 +215,10 @@ class _Loop:
         return len(self.trainings) == 1
 
     def run_step(self) -> None:
-        """One optimiser step; on a GPU, the next batch is drawn beside it."""
+        """One optimiser step."""
         drawn = self._draw(self.step) if self.drawn is None else self.drawn.result()
-        on_gpu = self.accelerator.device.type != "cpu"
         self.drawn = None
-        if on_gpu and self.step + 1 < self.recipe.steps:
+        if self.draws_ahead and self.step + 1 < self.recipe.steps:
             self.drawn = self.ahead.submit(self._draw, self.step + 1)
         rate = learning_rate(self.recipe, self.step)
         for group in self.optimizer.param_groups:
@@ -287,6 +290,11 @@ class _Loop:
         device = self.accelerator.device
         states = self.encoded.states(captions) if self.captions is None else self.captions[captions.to(device)]
         return latents.to(device), states.to(device), timesteps.to(device), noise.to(device)
+
+    def close(self) -> None:
+        """Let go of the device's memory: the step that is kept for replay refers to the loop, and the loop to it."""
+        self.gradients = None
+        self.ahead.shutdown()
 
     def _bare(self) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.unet)
@@ -372,6 +380,11 @@ def checkpoints_of(layout: Layout, trainings: Sequence[Training]) -> str:
     """Folder of the checkpoints of these trainings, alone or as one."""
     names = [training.name for training in trainings]
     return layout.checkpoints(names[0] if len(names) == 1 else f"{STACKED}/{fingerprint(names)[:16]}")
+
+
+def has_checkpoint(layout: Layout, trainings: Sequence[Training]) -> bool:
+    """Whether a killed run of these very trainings has left something to resume from."""
+    return (Path(checkpoints_of(layout, trainings)) / "last.pt").exists()
 
 
 def discard_checkpoints(layout: Layout, *trainings: Training) -> None:

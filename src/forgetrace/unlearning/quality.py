@@ -11,12 +11,10 @@ from diffusers import UNet2DConditionModel
 from forgetrace.artifacts import provenance, read_array, read_arrays, read_tensors, write_arrays
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_unet
-from forgetrace.diffusion.synthesis import generate
+from forgetrace.diffusion.synthesis import generate_many
 from forgetrace.encoding.codec import codec_of
 from forgetrace.layout import Layout
 from forgetrace.randomness import generator
-
-NUMBERS = 100 * 12 * 8 * 8  # of the latents that are sampled at once: a hundred digits, four of Stable Diffusion's
 
 
 def regenerate_unlearned(layout: Layout, variant: str, device: str = "auto") -> None:
@@ -67,7 +65,4 @@ def others_prompts(layout: Layout) -> np.ndarray:
 
 def _images(layout: Layout, unet: UNet2DConditionModel, noise: np.ndarray, prompts: np.ndarray) -> np.ndarray:
     """What a model makes of n initial noises and prompts; (n, height, width, 3), uint8."""
-    count = max(1, NUMBERS // noise[0].size)
-    batches = [slice(start, start + count) for start in range(0, len(noise), count)]
-    latents = np.concatenate([generate(layout, unet, noise[batch], prompts[batch]) for batch in batches])
-    return codec_of(layout.config.encode, unet.device).decode(latents)
+    return codec_of(layout.config.encode, unet.device).decode(generate_many(layout, unet, noise, prompts))
