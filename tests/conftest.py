@@ -10,11 +10,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
 from forgetrace.config import Config, parse_config
 from forgetrace.layout import Layout
+
+# How long an example takes says how busy the machine is, not whether it is right.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 IMAGES, TOKENS, WIDTH, CAPTIONS = 40, 5, 16, 6
 HELD_OUT = {"tuning": ["tuning prompt one", "tuning prompt two"], "report": ["report prompt one", "report prompt two"]}
