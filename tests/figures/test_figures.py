@@ -8,6 +8,7 @@ import pytest
 
 from forgetrace.artifacts import UserError, read_image, read_table, write_table
 from forgetrace.evaluation.tables import evaluate
+from forgetrace.figures import delta
 from forgetrace.figures.catalogue import draw, names
 from forgetrace.figures.page import LETTER, Page, lines
 from forgetrace.figures.style import DPI, colour_of, look, marker_of
@@ -150,6 +151,19 @@ def test_figures_do_without_seeds_and_with_one_query(tmp_path, monkeypatch):
     evaluate(layout, synthetic.flat_encoder)
     draw(layout, "delta")
     assert Path(layout.figure("delta", "pdf")).stat().st_size > 1000
+
+
+def test_methods_that_a_partial_evaluation_lacks_are_not_shown(layout, monkeypatch):
+    shown, legend = {}, delta._legend
+    monkeypatch.setattr(delta, "_legend", lambda *given: shown.setdefault("handles", legend(*given)))
+    path = layout.table("counterfactual")
+    before, table = Path(path).read_bytes(), read_table(path)
+    write_table(path, table[table["method"] != "pixel-l2"])
+    draw(layout, "delta")
+    Path(path).write_bytes(before)
+    labels = [handle.get_label() for handle in shown["handles"]]
+    assert "unlearn" in labels
+    assert "pixel-l2" not in labels
 
 
 def test_a_long_text_is_broken_to_fit_and_ends_in_an_ellipsis():

@@ -33,14 +33,19 @@ def draw(layout: Layout, name: str) -> None:
         for metric in (OF_REGIONS if layout.config.synthesize.regions else SHOWN)
         if (summary["metric"] == metric).any()
     ]
-    measured = set(summary["method"])  # all, but for a partial evaluation
-    methods = [method for method in layout.config.retrain.methods if method != RANDOM and method in measured]
+    methods = _measured(layout, summary)
     with look():
         if len(methods) <= SIDE_BY_SIDE:
             figure = _side_by_side(layout, shown, summary, values)
         else:
             figure = _in_rows(layout, shown, methods, summary, values)
         save(figure, layout, name)
+
+
+def _measured(layout: Layout, summary: pd.DataFrame) -> list[str]:
+    """The judged methods but random: all of them, unless the evaluation was partial."""
+    found = set(summary["method"])
+    return [method for method in layout.config.retrain.methods if method != RANDOM and method in found]
 
 
 def _side_by_side(layout: Layout, shown: list[str], summary: pd.DataFrame, values: pd.DataFrame) -> Figure:
@@ -91,7 +96,7 @@ def _upright_band(axes: Axes, row, style: dict) -> None:
 
 def _panel(axes: Axes, layout: Layout, metric: str, summary: pd.DataFrame, values: pd.DataFrame) -> None:
     ks = sorted(layout.config.retrain.k)
-    methods = [method for method in layout.config.retrain.methods if method != RANDOM]
+    methods = _measured(layout, summary)
     for row in summary[summary["method"] == SEED_SET].itertuples():
         _band(axes, row, -0.5, len(ks) - 0.5, _band_style(layout, SEED_SET))
     for row in summary[summary["method"] == RANDOM].itertuples():
@@ -179,10 +184,9 @@ def _bands(summary: pd.DataFrame) -> dict[str, str]:
 def _legend(layout: Layout, summary: pd.DataFrame) -> list:
     """A handle per method, band and dot."""
     handles: list = []
-    for method in layout.config.retrain.methods:
-        if method != RANDOM:
-            look_of = {"color": colour_of(layout, method), "marker": marker_of(layout, method)}
-            handles.append(Line2D([], [], markeredgecolor="white", markersize=7, label=method, **look_of))
+    for method in _measured(layout, summary):
+        look_of = {"color": colour_of(layout, method), "marker": marker_of(layout, method)}
+        handles.append(Line2D([], [], markeredgecolor="white", markersize=7, label=method, **look_of))
     handles += [Patch(**_band_style(layout, method), label=label) for method, label in _bands(summary).items()]
     dot = Line2D([], [], color=MUTED, marker="o", markersize=3, linewidth=0, label="one query")
     interval = Line2D([], [], color=INK, linewidth=2, label="95% interval (p: against random)")
