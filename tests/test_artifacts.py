@@ -340,7 +340,7 @@ def test_a_truncated_array_is_noticed_when_it_is_mapped(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(READERS))
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_flipped_bit_gives_a_sentence_or_a_value_but_never_a_traceback(tmp_path_factory, name, place, bit):
     path = tmp_path_factory.getbasetemp() / name
     WRITERS[name](path)
@@ -353,7 +353,7 @@ def test_a_flipped_bit_gives_a_sentence_or_a_value_but_never_a_traceback(tmp_pat
 
 
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_flipped_bit_in_the_values_of_named_arrays_is_noticed(tmp_path_factory, place, bit):
     """Scans and queries are checksummed: a flip there never becomes a score."""
     path = tmp_path_factory.getbasetemp() / "flipped.npz"

@@ -255,6 +255,10 @@ class Layout:
         pools = [f"pool{i}" for i in range(retrain.pools)]
         return [(method, k, pool) for method in self.config.score.methods for k in retrain.pooled_k for pool in pools]
 
+    def asked_at_once(self) -> list[tuple[str, int, str]]:
+        """(method, k, member) of the models that are asked about every query as soon as they are trained."""
+        return self.half_models() + self.pooled_models()
+
     def pool(self, member: str) -> list[str]:
         """The queries of pool<i>, whose top images are left out together; all other queries are its controls."""
         return self.config.judged_queries()[int(member.removeprefix("pool")) :: self.config.retrain.pools]
@@ -374,7 +378,7 @@ class Layout:
         files |= {path for variant in config.unlearn.values() for path in self.fitted(variant.curvature)}
         files |= {*self.snapshots, self.metrics}
         files |= {self.table(name) for name in self.tables()}
-        for model in self.half_models() + self.pooled_models():
+        for model in self.asked_at_once():
             files |= {self.losses(*model), self.retrained(*model)}
         if config.evaluate.others:
             files |= {self.regenerated(variant) for variant in config.unlearn}

@@ -110,15 +110,8 @@ def test_without_removed_images_a_retraining_is_the_base_model(tiny):
 
 
 def test_models_trained_as_one_say_what_they_say_alone(tiny, monkeypatch):
-    layout = replace(tiny, config=settings(retrain={"stack": 2, "subsets": 1, "pools": 1, "pooled_k": [3]}))
-    models = [MODEL, ("half", 0, "draw0"), ("random", 10, "draw0"), ("unlearn", 3, "pool0")]
-    for query in ("report-01", "mine"):
-        shutil.copytree(
-            Path(layout.query("report-00")["tensors"]).parent,
-            Path(layout.query(query)["tensors"]).parent,
-            dirs_exist_ok=True,
-        )
-        shutil.copy(layout.score("unlearn", "report-00"), layout.score("unlearn", query))
+    layout = asked_at_once(tiny, stack=2)
+    models = [MODEL, HALF, ("random", 10, "draw0"), ("unlearn", 10, "pool0")]
     sizes, as_one = [], module.train_as_one
     monkeypatch.setattr(module, "train_as_one", lambda *given: sizes.append(len(given[2])) or as_one(*given))
     retrain(layout, models, "cpu")
@@ -130,7 +123,7 @@ def test_models_trained_as_one_say_what_they_say_alone(tiny, monkeypatch):
     assert sizes == [2, 2]
     assert not Path(layout.checkpoints("stacked")).exists() or not any(Path(layout.checkpoints("stacked")).iterdir())
 
-    alone = replace(layout, config=settings(retrain={"subsets": 1, "pools": 1, "pooled_k": [3]}))
+    alone = asked_at_once(tiny)
     for path in (files(layout)["losses"], *(layout.losses(*model) for model in (models[1], models[3]))):
         os.remove(path)
     os.remove(layout.retrained("random", 10, "draw0"))
@@ -166,10 +159,7 @@ def interrupted_when_asked(layout, monkeypatch, asked: int) -> None:
 
 @pytest.mark.parametrize("taken_back", [True, False])
 def test_models_that_are_trained_but_not_all_asked_are_not_trained_again(tiny, monkeypatch, taken_back):
-    layout = replace(tiny, config=settings(retrain={"stack": 2, "subsets": 2}))
-    for query in ("report-01", "mine"):
-        folder = Path(layout.query(query)["tensors"]).parent
-        shutil.copytree(Path(layout.query("report-00")["tensors"]).parent, folder, dirs_exist_ok=True)
+    layout = asked_at_once(tiny, stack=2, subsets=2)
     interrupted_when_asked(layout, monkeypatch, 1)
     first = Path(layout.losses(*STACK[0]))
     if taken_back:  # by Snakemake, after a failed job

@@ -17,7 +17,7 @@ NAMES = st.lists(st.text("abcäß漢 -_#%", min_size=1, max_size=6).map("x{}x".f
     "/".join
 )
 CAPTIONS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def folder_of(names: list[str]) -> Path:

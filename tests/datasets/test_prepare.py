@@ -161,7 +161,7 @@ def test_own_images_stay_where_they_are(pictures, tmp_path):
     assert manifest["image_shape"] == [8, 8, 3]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 50))
 def test_an_image_with_any_held_out_caption_is_never_trained_on(tmp_path_factory, seed):
     folder = tmp_path_factory.mktemp("own")

@@ -22,7 +22,7 @@ SETS = st.sets(st.integers(0, IMAGES - 1), max_size=IMAGES - 1)
 
 
 @given(step=st.integers(0, 5000), gone=SETS, seed=st.integers(0, 100))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_only_slots_that_drew_a_removed_image_differ(step, gone, seed):
     whole, part = draw(step, mask([]), seed), draw(step, mask(gone), seed)
     removed = mask(gone)
@@ -34,7 +34,7 @@ def test_only_slots_that_drew_a_removed_image_differ(step, gone, seed):
 
 
 @given(step=st.integers(0, 5000), gone=SETS, more=SETS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_slots_untouched_by_a_larger_removal_keep_their_substitute(step, gone, more):
     """A nested removal changes only the slots that drew one of the images removed in addition."""
     if len(gone | more) == IMAGES:

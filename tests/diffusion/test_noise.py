@@ -50,7 +50,7 @@ def test_noise_is_standard_normal():
 
 
 @given(start=st.integers(0, 60), size=st.integers(1, 40), cut=st.integers(0, 40), length=st.integers(1, 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_draw_is_a_function_of_its_number(start, size, cut, length):
     cut = min(cut, size)
     whole = monte_carlo(3, "p", range(start, start + size), length, (2,))
@@ -61,7 +61,7 @@ def test_a_draw_is_a_function_of_its_number(start, size, cut, length):
 
 
 @given(length=st.integers(1, 50), rounds=st.integers(0, 3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_every_run_of_draws_visits_each_timestep_once(length, rounds):
     timesteps, _ = monte_carlo(0, "p", range(rounds * length, (rounds + 1) * length), length, (1,))
     assert sorted(timesteps) == list(range(length))
@@ -76,7 +76,7 @@ def test_rounds_are_shuffled_afresh_and_noises_differ():
 
 
 @given(seed=st.integers(0, 1000), count=st.integers(1, 200), length=st.integers(1, 2000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_prefix_of_even_timesteps_is_spread_evenly(seed, count, length):
     timesteps = even_timesteps(seed, "p", count, length)
     assert ((timesteps >= 0) & (timesteps < length)).all()

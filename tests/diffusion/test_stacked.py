@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import os
 import signal
 from dataclasses import replace
 from unittest.mock import MagicMock
@@ -21,6 +20,7 @@ from forgetrace.diffusion.training import Training, discard_checkpoints, train, 
 from forgetrace.encoding.store import load_encoded
 
 from ..conftest import IMAGES, in_child, settings
+from .test_training import kill_after
 
 NONE = np.zeros(IMAGES, dtype=bool)
 
@@ -135,13 +135,8 @@ def test_killed_models_resume_to_the_same_bits(tiny, monkeypatch):
     discard_checkpoints(tiny, *TRAININGS)
     run_step = module._Loop.run_step
 
-    def deadly(loop):
-        run_step(loop)
-        if loop.step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
     def killed():
-        monkeypatch.setattr(module._Loop, "run_step", deadly)
+        monkeypatch.setattr(module._Loop, "run_step", kill_after(5))
         train_as_one(tiny, encoded, TRAININGS, "cpu")
 
     assert in_child(killed) == signal.SIGKILL

@@ -101,7 +101,7 @@ def test_large_data_are_thinned_on_a_cpu(timed, monkeypatch):
     assert config.retrain.k == [2]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_any_text_stands_in_yaml_as_it_is(text):
     assert yaml.safe_load(f"{{a: {draft.quoted(text)}}}") == {"a": text}

@@ -170,9 +170,7 @@ def measures(query):
     ]
 
 
-MEASURED_AT_ONCE = [
-    layout.losses(*model) for model in layout.half_models() + layout.pooled_models()
-]
+MEASURED_AT_ONCE = [layout.losses(*model) for model in layout.asked_at_once()]
 
 
 REGENERATED = list(layout.config.unlearn) if layout.config.evaluate.others else []
@@ -233,7 +231,7 @@ def told(models):
         if model in layout.shared_models():
             kept.append(layout.retrained(*model))
             continue
-        at_once = model in layout.half_models() + layout.pooled_models()
+        at_once = model in layout.asked_at_once()
         kept += [layout.losses(*model)] if at_once else measured(model, model[2])
         if layout.config.retrain.keep_weights:
             kept.append(layout.retrained(*model))

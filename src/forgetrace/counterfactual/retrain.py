@@ -96,7 +96,7 @@ def _work(layout: Layout, encoded: Encoded, model: Model, device: torch.device) 
     """Find out what is missing of a model; ask one whose weights were kept what it has not been asked yet."""
     training = training_of(layout, encoded, *model)
     trained = training_key(layout, training, resolve_precision(layout.config.train.precision, device))
-    at_once = model in layout.half_models() + layout.pooled_models()
+    at_once = model in layout.asked_at_once()
     shared, path = model[0] in (RANDOM, SEED_SET) and not at_once, layout.retrained(*model)
     keeps_weights = shared or layout.config.retrain.keep_weights
     is_trained = keeps_weights and _is_trained(path, trained)
