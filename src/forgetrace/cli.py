@@ -192,9 +192,9 @@ def sweep(
 @app.command()
 def tune(
     config: ConfigPath,
-    method: Annotated[str, typer.Option(help="A method of the config's section score.")],
-    option: Annotated[str, typer.Option(help="A key of its entry or of its unlearning variant.")],
-    values: Annotated[str, typer.Option(help="What to try, separated by commas.")],
+    method: Annotated[str, typer.Option(help="A method of the config's section score; without --option, several.")],
+    option: Annotated[str | None, typer.Option(help="A key of its entry or of its unlearning variant.")] = None,
+    values: Annotated[str | None, typer.Option(help="What to try, separated by commas; goes with --option.")] = None,
     table: Annotated[Path | None, typer.Option(help="Also write every query's score, as .csv.")] = None,
     partial: Annotated[bool, typer.Option(help="Make do with the random halves trained so far.")] = False,
     leave_out: Annotated[
@@ -211,13 +211,20 @@ def tune(
     """Choose an option of a method on tuning queries, by linear datamodeling score (LDS) or leaving images out.
 
     Where models are customised it is chosen on validation models, by the average precision of their exemplars.
+    Without --option the methods of --method, separated by commas, are judged as they are, by leaving images out.
     """
+    if (option is None) != (values is None):
+        raise UserError("--option and --values go together; without both, methods are judged as they are.")
     layout = _experiment(config)
     _use(threads)
     from forgetrace.artifacts import write_table
-    from forgetrace.evaluation.tune import best, judged_by, tune
+    from forgetrace.evaluation.tune import best, compare, judged_by, tune
 
-    if layout.config.customize:
+    if option is None:
+        if layout.config.customize or partial or queries or not leave_out:
+            raise UserError("Methods are judged as they are by --leave-out K alone; or give --option and --values.")
+        tried = compare(layout, method.split(","), leave_out, device)
+    elif layout.config.customize:
         from forgetrace.evaluation.tune_exemplars import tune_on_exemplars
 
         if partial or leave_out:
@@ -231,7 +238,7 @@ def tune(
         write_table(table, tried)
     summary = tried.groupby("value", sort=False)[judged_by(tried)].agg(["mean", "sem", "count"])
     typer.echo(summary.to_string(float_format="{:.4f}".format))
-    typer.echo(f"{method}.{option}: {best(tried)}")
+    typer.echo(f"{f'{method}.{option}' if option else 'best'}: {best(tried)}")
 
 
 @app.command()

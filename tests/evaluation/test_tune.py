@@ -6,10 +6,13 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import spearmanr
+from typer.testing import CliRunner
 
+from forgetrace import cli
 from forgetrace.artifacts import UserError, read_arrays, read_table, write_json
 from forgetrace.attribution.gradients import Gradients
 from forgetrace.attribution.registry import attributor
+from forgetrace.attribution.score import score
 from forgetrace.attribution.unlearning import Unlearning
 from forgetrace.counterfactual.measure import query_losses
 from forgetrace.counterfactual.sets import half
@@ -18,7 +21,7 @@ from forgetrace.diffusion.synthesis import synthesize
 from forgetrace.diffusion.training import Training, train
 from forgetrace.encoding.store import load_encoded
 from forgetrace.evaluation import tune as module
-from forgetrace.evaluation.tune import best, tune
+from forgetrace.evaluation.tune import best, compare, tune
 from forgetrace.layout import Layout
 
 from ..conftest import settings
@@ -170,3 +173,46 @@ def test_a_value_is_judged_by_a_model_without_the_tops_of_all_tuning_queries(tin
     pd.testing.assert_frame_equal(tune(layout, "unlearn", "step_size", ["1e-4", "1e-3"], "cpu", leave_out=6), table)
     with pytest.raises(UserError, match=r"--leave-out: 20 images of each query are all there are"):
         tune(layout, "unlearn", "step_size", ["1e-4"], "cpu", leave_out=20)
+
+
+def test_methods_are_judged_as_they_are_by_the_images_they_rank_first(tiny, monkeypatch):
+    layout = with_halves(tiny)
+    for method in ("pixel", "random"):
+        score(layout, method)
+    asked = []
+
+    def rises(_, queries, scores, leave_out, device):
+        asked.append((scores, leave_out))
+        return dict.fromkeys(queries, float(len(asked))), 11
+
+    monkeypatch.setattr(module, "rise_without", rises)
+    table = compare(layout, ["pixel", "random"], 6, "cpu")
+    assert table["value"].tolist() == ["pixel", "pixel", "random", "random"]
+    assert table["query"].tolist() == ["tuning-00", "tuning-01"] * 2
+    assert table["delta_loss"].tolist() == [1.0, 1.0, 2.0, 2.0]
+    assert best(table) == "random"
+    for method, (scores, leave_out) in zip(("pixel", "random"), asked, strict=True):
+        assert leave_out == 6
+        for query in ("tuning-00", "tuning-01"):
+            np.testing.assert_allclose(scores[query], attributor(layout, method, "cpu").scores(query))
+    monkeypatch.setattr(module, "rise_without", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(UserError, match="score/text/tuning-00"):
+        compare(layout, ["pixel", "text"], 6, "cpu")
+    with pytest.raises(UserError, match=r"score\.methods has no 'pixels'"):
+        compare(layout, ["pixels"], 6, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--option", "damping"], "--option and --values go together"),
+        (["--values", "1,2"], "--option and --values go together"),
+        ([], "judged as they are by --leave-out K alone"),
+        (["--leave-out", "3", "--partial"], "judged as they are by --leave-out K alone"),
+    ],
+)
+def test_what_is_to_be_judged_is_said_whole(options, message):
+    config = str(Path(__file__).parents[2] / "config" / "digits-benchmark.yaml")
+    result = CliRunner().invoke(cli.app, ["tune", "--config", config, "--method", "pixel", *options])
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)

@@ -64,7 +64,7 @@ def test_work_is_what_a_hand_counts(name):
     stages = count(layout, IMAGES[name], captions=100)
     batch = layout.config.train.batch_size
     for stage, one in stages.items():
-        assert (one.jobs, one.jobs * (work.STEP in one.units), one.evaluations(batch)) == BY_HAND[name][stage], stage
+        assert (one.jobs, one.trainings, one.evaluations(batch)) == BY_HAND[name][stage], stage
 
 
 def test_reading_all_images_counts_for_each_query_and_method_that_compares_them():
@@ -108,6 +108,15 @@ def test_queries_that_are_not_judged_cost_no_models_of_their_own():
     assert (stages["synthesize"].jobs, stages["measure"].jobs) == (3, 1)
     assert stages["retrain"].jobs == 2 + 1 + 1 + 10
     assert stages["retrain"].units[work.LOSS] == (1 + 10 * 3) * 5 * 2
+
+
+def test_models_trained_as_one_are_a_job_of_each_set_with_as_many_steps():
+    recipe = {"subsets": 5, "methods": ["unlearn"], "k": [10, 20]}
+    alone, as_one = (counted(retrain=recipe | {"stack": stack})["retrain"] for stack in (1, 4))
+    assert alone.jobs == alone.trainings == as_one.trainings == 2 * 2 + 1 + 5 + 2 * 3  # of three queries
+    assert as_one.jobs == 3  # the shared ones, the halves, the judged method's
+    assert as_one.units[work.STACKED] == alone.units[work.STEP]
+    assert as_one.evaluations(7) == alone.evaluations(7)
 
 
 def test_no_fisher_is_fitted_and_no_random_set_trained_that_nobody_asks_for():
@@ -162,6 +171,15 @@ def test_a_long_unit_is_timed_once(monkeypatch):
     monkeypatch.setattr(calibrate.time, "perf_counter", lambda: now[0])
     unit = rate(run, size=4)
     assert (unit.each, unit.first, calls) == (7.5, 0, [1])
+
+
+def test_a_step_of_a_stack_is_timed_per_model_and_leaves_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout, captions = Layout("tiny", settings()), ["a red four", "a blue two"]
+    encoded = calibrate.stand_in([16, 16, 3], layout.config.encode, captions)
+    monkeypatch.setattr(calibrate, "rate", lambda run, size, seconds: run(2) or size)
+    assert calibrate.training_step(layout, encoded, "cpu", models=3) == 3
+    assert not Path("checkpoints").exists() or not any(Path("checkpoints").rglob("*.pt"))
 
 
 def test_a_job_takes_its_start_and_its_share_of_units():

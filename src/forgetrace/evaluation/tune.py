@@ -8,7 +8,7 @@ No counterfactual of a reported query is looked at. What an unlearning variant l
 name of its settings, so that a killed run goes on with the next; ``forgetrace tidy`` finds it when it is over.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from forgetrace.artifacts import (
     write_json,
 )
 from forgetrace.attribution.influence import InnerProducts
-from forgetrace.attribution.ranking import rank
+from forgetrace.attribution.ranking import rank, read_ranking
 from forgetrace.attribution.registry import attributor, check_methods
 from forgetrace.attribution.scan import scan
 from forgetrace.config import Config, parse_config
@@ -71,16 +71,10 @@ def tune(
     Raises:
         UserError: no tuning query or no half, or a value that the option cannot have.
     """
-    queries = [query for query in layout.config.queries() if layout.config.origin(query) == POOL]
-    if not queries:
-        raise UserError("Tuning needs queries of the tuning pool: add them under synthesize.queries.")
+    queries = tuning_queries(layout)
     trials = {value: trial(layout, method, option, value) for value in values}
     if leave_out:
-        rows = []
-        for value, scores in _all_scores(trials, method, option, queries, device):
-            rises, removed = rise_without(layout, queries, scores, leave_out, device)
-            rows += [(value, query, rises[query], removed) for query in queries]
-        return pd.DataFrame(rows, columns=["value", "query", "delta_loss", "removed"])
+        return _left_out(layout, queries, _all_scores(trials, method, option, queries, device), leave_out, device)
     if not layout.config.retrain.subsets:
         raise UserError(
             "Tuning needs models of random halves (retrain.subsets) or --leave-out K: add the key to the config and "
@@ -94,6 +88,58 @@ def tune(
         found = correlations(halves, {method: scores}, 0, layout.config.seed)[method]
         rows += [(value, query, found[query][0], len(halves.kept)) for query in queries]
     return pd.DataFrame(rows, columns=["value", "query", "lds", "halves"])
+
+
+def compare(layout: Layout, methods: list[str], leave_out: int, device: str = "auto") -> pd.DataFrame:
+    """Judge methods as they are by a training each, without the top images it names for the tuning queries.
+
+    Args:
+        layout: an experiment with queries of the tuning pool that the methods have scored.
+        methods: of ``score.methods``.
+        leave_out: K top images of each tuning query to leave out together.
+        device: where to train.
+
+    Returns:
+        value (the method), query, delta_loss (above θ0's) and removed; a row per method and tuning query.
+
+    Raises:
+        UserError: no tuning query, no such method or no score of it.
+    """
+    queries = tuning_queries(layout)
+    for method in methods:
+        if method not in layout.config.score.methods:
+            raise UserError(f"score.methods has no '{method}' (it has {', '.join(layout.config.score.methods)}).")
+    ids = list(load_encoded(layout).image_ids)
+    # All are read first: a missing one is told before anything is trained.
+    scored = {m: {q: read_ranking(layout, m, q, ids)["score"].to_numpy() for q in queries} for m in methods}
+    return _left_out(layout, queries, scored.items(), leave_out, device)
+
+
+def tuning_queries(layout: Layout) -> list[str]:
+    """Names of the queries of the tuning pool.
+
+    Raises:
+        UserError: there is none.
+    """
+    queries = [query for query in layout.config.queries() if layout.config.origin(query) == POOL]
+    if not queries:
+        raise UserError("Tuning needs queries of the tuning pool: add them under synthesize.queries.")
+    return queries
+
+
+def _left_out(
+    layout: Layout,
+    queries: list[str],
+    scored: Iterable[tuple[str, dict[str, np.ndarray]]],
+    leave_out: int,
+    device: str,
+) -> pd.DataFrame:
+    """What the loss of each query rises by, by what is tried; ``scored`` are pairs of that and the scores by query."""
+    rows = []
+    for tried, scores in scored:
+        rises, removed = rise_without(layout, queries, scores, leave_out, device)
+        rows += [(tried, query, rises[query], removed) for query in queries]
+    return pd.DataFrame(rows, columns=["value", "query", "delta_loss", "removed"])
 
 
 def best(table: pd.DataFrame) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from forgetrace.encoding.store import Encoded
 
 IMAGES, CAPTIONS = 256, 64  # of the training data, for units with torch
+FEW = 4  # models of a stack, on a CPU
 LONG = 10  # seconds of a first call beside which what is done once does not count
 # Keys that may name files, by section.
 PATHS = {"prepare": ["path"], "encode": ["pipeline"], "train": ["pretrained", "parent", "lora"]}
@@ -112,18 +113,23 @@ def stand_in(
     return Encoded(ids, latents, states, torch.arange(IMAGES) % len(captions))
 
 
-def training_step(layout: Layout, encoded: "Encoded", device: str, seconds: float = 0.3) -> Unit:
-    """The unit of training, as :func:`rate` times it; leaves the process with a training's threads and settings."""
-    from forgetrace.diffusion.training import Training, train
+def training_step(layout: Layout, encoded: "Encoded", device: str, seconds: float = 0.3, models: int = 1) -> Unit:
+    """A step of a model, as :func:`rate` times it, of so many trained as one.
+
+    Leaves the process with a training's threads and settings.
+    """
+    from forgetrace.diffusion.training import Training, discard_checkpoints, train_as_one
 
     def steps(n: int) -> None:
         # No warm-up and no checkpoint in so few steps, and no divergence at so small a rate.
         few = {"steps": n, "warmup_steps": 0, "checkpoint_every": n, "learning_rate": 1e-9}
         recipe = layout.config.model_copy(update={"train": layout.config.train.model_copy(update=few)})
-        train(Layout(layout.name, recipe), encoded, Training("any", 0, np.zeros(IMAGES, dtype=bool)), device)
+        trainings = [Training(str(seed), seed, np.zeros(IMAGES, dtype=bool)) for seed in range(models)]
+        train_as_one(Layout(layout.name, recipe), encoded, trainings, device)
+        discard_checkpoints(layout, *trainings)  # a stack leaves that of its last step
 
     write_json(layout.encode_manifest, {"source": "calibration"})  # a training's key holds it
-    return rate(steps, seconds=seconds)
+    return rate(steps, models, seconds)
 
 
 def light(layout: Layout) -> dict[str, Unit]:
@@ -189,6 +195,11 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     units[work.SCAN] = rate(scans, block * draws)
     if config.train.trains:
         units[work.STEP] = training_step(layout, encoded, device)
+        most = max(map(len, layout.retraining_sets().values()), default=0)
+        if (models := min(config.retrain.stack, most)) > 1:
+            # A GPU gains with every model until it is full, a CPU hardly.
+            models = min(models, FEW) if target.type == "cpu" else models
+            units[work.STACKED] = training_step(layout, encoded, device, models=models)
         torch.use_deterministic_algorithms(False)  # which trainings want, like their threads
         torch.set_num_threads(1)
     units[work.GRADIENT] = rate(gradients, BATCH)

@@ -10,7 +10,7 @@ from forgetrace.attribution.registry import together
 from forgetrace.encoding.check import check_data
 from forgetrace.layout import Layout
 from forgetrace.planning.calibrate import Unit, calibrate
-from forgetrace.planning.work import STEP, Work, count
+from forgetrace.planning.work import Work, count
 
 SMALL, LISTED, RANKED, DRAWN = 4096, 300, 21, 200_000  # bytes: small file, image in a list, in a ranking, figure
 NOTES = """\
@@ -43,7 +43,7 @@ def disk(layout: Layout, stages: Mapping[str, Work], facts: Mapping[str, int]) -
     orientations, scans = 1 + config.encode.flips, 1 + len(config.unlearn) * len(config.queries())
     others = max(0, shared - 1)  # retrainings that all queries share: θ0 is one of the models
     draws = config.scan.narrowing.most if config.scan.narrowing else config.scan.timesteps
-    own, jobs = stages["retrain"].jobs - others, {stage: work.jobs for stage, work in stages.items()}
+    own, jobs = stages["retrain"].trainings - others, {stage: work.jobs for stage, work in stages.items()}
     return {stage: 3 * SMALL * number for stage, number in jobs.items()} | {
         "prepare": facts["pictures"] * (LISTED if config.prepare.path else SMALL),
         "encode": facts["images"] * orientations * facts["latent"] + facts["captions"] * facts["states"],
@@ -73,7 +73,10 @@ def plan(layout: Layout, cores: int | None, device: str) -> str:
     took, cores = time.perf_counter() - begun, cores or os.cpu_count() or 1
     stages = count(layout, facts["images"], facts["captions"], facts["views"])
     seconds = {stage: job_seconds(work, units) for stage, work in stages.items()}
-    wall = wall_seconds(stages, seconds, len(layout.shared_models()) - 1, cores if facts["device"] == "cpu" else 1)
+    shared = len(layout.shared_models()) - 1
+    if layout.config.retrain.stack > 1:
+        shared = min(shared, 1)  # one job makes them all
+    wall = wall_seconds(stages, seconds, shared, cores if facts["device"] == "cpu" else 1)
     rates = "".join(f"\n  {name}: {1000 * unit.each:.3g} ms" for name, unit in units.items())
     methods = ", ".join(together(layout))
     uncounted = methods and f"\nWhat these methods compute of the training images is not counted: {methods}."
@@ -89,7 +92,7 @@ def table(layout: Layout, stages: Mapping[str, Work], seconds: Mapping[str, floa
 
     rows = pd.DataFrame(index=list(stages))
     rows["jobs"] = [work.jobs for work in stages.values()]
-    rows["trainings"] = [work.jobs * (STEP in work.units) for work in stages.values()]
+    rows["trainings"] = [work.trainings for work in stages.values()]
     rows["evaluations"] = [float(work.evaluations(layout.config.train.batch_size)) for work in stages.values()]
     rows["CPU"] = rows["jobs"] * pd.Series(seconds) * [work.threads for work in stages.values()]
     if facts["device"] != "cpu":

@@ -3,13 +3,14 @@
 from typing import NamedTuple
 
 from forgetrace.attribution.registry import attributor, together
-from forgetrace.config import RANDOM, SEED_SET, Config
+from forgetrace.config import Config
 from forgetrace.figures import catalogue
 from forgetrace.layout import Layout
 
 # Units of work: a job's start without and with torch, then what it does; a training step is a batch of evaluations.
 START, TORCH = "start", "start with torch"
 PREPARED, FIGURE, CAPTION, STEP = "dataset prepared", "figure drawn", "caption encoded", "training step"
+STACKED = "training step in a stack"  # of one of its models
 IMAGE = "image read"
 SAMPLER, LOSS, SCAN = "sampler evaluation", "loss evaluation", "scan evaluation"
 GRADIENT, FISHER, EKFAC = "query gradient draw", "per-example gradient", "EK-FAC draw and pass"
@@ -20,15 +21,17 @@ QUERY_DRAWS, OTHERS, OTHERS_DRAWS = 1000, 256, 4
 
 
 class Work(NamedTuple):
-    """All work of one stage: its jobs, their units together by kind, and the threads (cores) of one job."""
+    """All work of one stage: its jobs, their units together by kind, the threads (cores) of one job, models trained."""
 
     jobs: int
     units: dict[str, int]
     threads: int = 1
+    trainings: int = 0
 
     def evaluations(self, batch_size: int) -> int:
         """UNet evaluations, with or without gradient; ``batch_size`` is that of a training step."""
-        return self.units.get(STEP, 0) * batch_size + sum(self.units.get(unit, 0) for unit in EVALUATIONS)
+        steps = self.units.get(STEP, 0) + self.units.get(STACKED, 0)
+        return steps * batch_size + sum(self.units.get(unit, 0) for unit in EVALUATIONS)
 
 
 def fitted(config: Config) -> dict[str, tuple[str, int]]:
@@ -50,8 +53,7 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
     generated = [query for query in queries if config.generates(query)]  # a given image is not sampled
     shared, recipe, variants = layout.shared_models(), config.train, config.unlearn.values()
     own = len(layout.measured_models(queries[0])) - len(shared)  # leave-K-out models of one query
-    at_once = len(layout.half_models()) + len(layout.pooled_models())
-    retrained = sum(method in (RANDOM, SEED_SET) for method, _, _ in shared) + own * len(judged) + at_once
+    at_once, retrained = len(layout.half_models()) + len(layout.pooled_models()), len(layout.retrainings())
     sampled = config.synthesize.sampler_steps * (1 if config.synthesize.guidance == 1 else 2)
     asked = len(range(0, recipe.timesteps, config.evaluate.timestep_stride)) * config.evaluate.draws
 
@@ -67,7 +69,9 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
     mirrored = sum(variant.procedure == "mucs" for variant in variants)  # asks an untrained model for its loss too
     gradients = len(queries) * sum(v.steps * v.draws * (2 if v.procedure == "mucs" else 1) for v in variants)  # at most
     asking, narrowing = {TORCH: len(queries)}, config.scan.narrowing
-    training = {TORCH: retrained, STEP: retrained * recipe.steps} if recipe.trains else {}
+    stacks = config.retrain.stack > 1  # then one job makes all models of a set
+    making = len(layout.retraining_sets()) if stacks else retrained
+    training = {TORCH: making, STACKED if stacks else STEP: retrained * recipe.steps} if recipe.trains else {}
     most, mean = (narrowing.most, narrowing.mean) if narrowing else (config.scan.timesteps,) * 2  # of θ0, of a query
     checks = 2 * (QUERY_DRAWS + OTHERS_DRAWS * min(OTHERS, images)) * unlearned + QUERY_DRAWS * mirrored * len(queries)
     # Generated before, and with every query unlearned: that query and the others.
@@ -80,7 +84,12 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
     return {
         "prepare": Work(1, {START: 1, PREPARED: 1} | ({IMAGE: images} if config.prepare.path else {})),
         "encode": Work(1, {TORCH: 1, IMAGE: images * (1 + config.encode.flips), CAPTION: captions}),
-        "train": Work(1, {TORCH: 1} | ({} if recipe.pretrained else {STEP: recipe.steps}), recipe.threads),
+        "train": Work(
+            1,
+            {TORCH: 1} | ({} if recipe.pretrained else {STEP: recipe.steps}),
+            recipe.threads,
+            int(not recipe.pretrained),
+        ),
         "synthesize": Work(
             len(queries),
             asking
@@ -92,7 +101,7 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
         ),
         "scan": Work(scans, {TORCH: scans, SCAN: round(images * views * (most + unlearned * mean))}),
         "score": Work(scores, {START: scores} | ({IMAGE: opened} if opened else {})),
-        "retrain": Work(retrained, training | measuring(own, at_once), recipe.threads),
+        "retrain": Work(making, training | measuring(own, at_once), recipe.threads, retrained),
         "measure": Work(len(judged), {TORCH: len(judged)} | measuring(len(shared))),
         "evaluate": Work(1, {TORCH: 1}),
         "figures": Work(figures, {START: figures, FIGURE: figures}),
