@@ -5,15 +5,21 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import narrowing, pipeline, recorded
+from benchmarks import common, narrowing, pipeline, recorded
 from benchmarks.report import Reading, as_json, lines, ratio
 from benchmarks.settings import Settings
 from benchmarks.workers import fastest, interleave, rate, team, timed
-from forgetrace.artifacts import UserError
+from forgetrace.artifacts import UserError, write_json, write_table
+from forgetrace.attribution.ranking import rank
 from forgetrace.config import Narrowing
+from forgetrace.datasets.digits import examples
+from forgetrace.layout import Layout
+
+from .conftest import settings
 
 
 def stub(speed: float):
@@ -180,3 +186,41 @@ def test_a_narrowed_scan_is_judged_by_references_that_are_kept_until_the_weights
     assert not np.isnan(first).any()
     Path(tiny.unlearned("unlearn", "mine")["weights"]).replace(tiny.unlearned("unlearn", "report-00")["weights"])
     assert not scans.judgeable("report-00")
+
+
+def test_what_a_caption_says_of_a_digit():
+    captions = [example.caption for _, example in zip(range(50), examples(0), strict=False)]
+    for caption in captions:
+        weight, ink, digit, slant, background = common.described(caption)
+        assert caption == f"a {weight} {ink} {digit} {slant} on a {background} background"
+
+
+def test_what_first_images_have_in_common_with_the_prompt_by_hand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    queries = [
+        {"name": name, "image": f"{name}.png", "prompt": "a thin red one upright on a white background"}
+        for name in "ab"
+    ]
+    layout = Layout(
+        "common",
+        settings(
+            synthesize={"queries": queries}, score={"methods": {"pixel": {}, "random": {}}}, retrain={"methods": []}
+        ),
+    )
+    monkeypatch.setattr(type(layout.config), "reported_queries", lambda _: ["a", "b"])
+    captions = [
+        "a thin red one upright on a white background",
+        "a bold red one leaning left on a black background",
+        "a thin blue two upright on a white background",
+    ]
+    ids = ["x", "y", "z"]
+    write_table(layout.index, pd.DataFrame({"image_id": ids}))
+    rows = [{"id": i, "file_name": i, "text": text, "split": "train"} for i, text in zip(ids, captions, strict=True)]
+    Path(layout.metadata).parent.mkdir(parents=True)
+    Path(layout.metadata).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for query, scores in (("a", [3.0, 2.0, 1.0]), ("b", [3.0, 1.0, 2.0])):
+        write_json(layout.query(query)["record"], {"prompt": queries[0]["prompt"]})
+        write_table(layout.score("pixel", query), rank(ids, np.array(scores)), {})
+    table = common.in_common(layout, 2)
+    assert table.index.tolist() == ["pixel"]  # random has not ranked
+    assert table.loc["pixel"].tolist() == [0.75, 0.75, 0.75, 0.75, 0.75, 0.5]

@@ -172,7 +172,7 @@ def test_what_a_killed_method_found_is_not_taken_for_another_s(tiny, monkeypatch
 def test_the_number_of_draws_is_part_of_what_datainf_hangs_on(tiny):
     layout = with_method(tiny, attributor="datainf", timesteps=2)
     fewer = replace(layout, config=layout.config.model_copy(update={"fit": Fit(draws=7)}))
-    keys = {attributor(each, "m")._key([QUERY]) for each in (layout, fewer)}
+    keys = {attributor(each, "m").key([QUERY]) for each in (layout, fewer)}
     assert len(keys) == 2
     score(layout, "m", None, "cpu")
     before = read_table(layout.score("m", QUERY))

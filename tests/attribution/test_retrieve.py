@@ -40,6 +40,7 @@ from ..conftest import in_child
 from ..customized import WITH_CONTROLS, customised_layout
 
 METHODS = {"unlearn": {"attributor": "unlearning"}, "pixel": {}, "text": {}, "unet-features": {"noises": 2}}
+METHODS |= {"shift": {"attributor": "output-shift", "variant": "unlearn", "timesteps": 2}}
 METHODS |= {"influence": {"timesteps": 2, "weights": "cross-attn-kv"}, "random": {}}
 COSTLY = {"costly": {"methods": ["influence"], "models": 1, "queries": 1}}
 

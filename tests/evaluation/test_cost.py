@@ -9,7 +9,7 @@ from forgetrace.artifacts import write_table
 from forgetrace.attribution import registry
 from forgetrace.attribution.contract import Features, Together
 from forgetrace.attribution.score import TOOK
-from forgetrace.config import Variant, parse_config
+from forgetrace.config import Method, Variant, parse_config
 from forgetrace.evaluation.cost import COST, cost, needs, timings
 
 from . import synthetic
@@ -86,10 +86,10 @@ def test_what_was_not_measured_is_empty(layout):
     assert np.isnan(row["disk_mb"])
 
 
-def scored(layout, query: str, took: dict) -> None:
+def scored(layout, query: str, took: dict, method: str = "pixel-l2") -> None:
     """Scores of a query that say what they took."""
     table = pd.DataFrame({"image_id": ["a"], "score": [1.0], "rank": [1]})
-    write_table(layout.score("pixel-l2", query), table, {TOOK: took})
+    write_table(layout.score(method, query), table, {TOOK: took})
 
 
 def test_the_curvature_a_variant_steps_by_is_paid(layout):
@@ -169,3 +169,18 @@ def test_an_ensemble_costs_what_its_members_do(layout):
     assert needs(layout, "both", "report-02") == own | {
         path for member in ("unlearn", "pixel-l2") for path in needs(layout, member, "report-02")
     }
+
+
+def test_a_pass_over_unlearned_models_costs_their_unlearning_too(layout):
+    entry = Method(attributor="output-shift", variant="unlearn")
+    score = layout.config.score.model_copy(update={"methods": {"shift": entry, "random": Method()}})
+    layout = replace(layout, config=layout.config.model_copy(update={"score": score}))
+    queries = layout.config.queries()
+    ran(layout.timing("fit", "fisher"), 100, 500)
+    ran(layout.timing("score", "shift", "all"), 40, 900)
+    for query in queries:
+        ran(layout.timing("unlearn", "unlearn", query), 8, 300)
+        scored(layout, query, {"seconds": 36, "queries": len(queries)}, "shift")
+    row = row_of(cost(layout), method="shift")
+    assert (row["once_seconds"], row["peak_mb"]) == (100, 900)
+    assert row["query_seconds"] == pytest.approx(8 + 36 / len(queries))

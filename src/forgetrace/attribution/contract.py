@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from forgetrace.artifacts import UserError, provenance, read_array, read_json, stage_versions
+from forgetrace.artifacts import UserError, fingerprint, provenance, read_array, read_json, stage_versions
 from forgetrace.config import Config, Method
 from forgetrace.layout import Layout
 
@@ -124,3 +124,9 @@ class Together(Attributor):
     def scores(self, query: str) -> np.ndarray:
         """Influence scores of the N training images in index order, float64, larger = more."""
         return self.scores_of([query])[query]
+
+    def key(self, queries: list[str]) -> str:
+        """Fingerprint of all that a pass for these queries depends on: methods must not share what they found."""
+        made_by = provenance({}, {path: path for query in queries for path in self.inputs(query)})
+        settings = [self.options.model_dump(), self.shaped_by(), self.layout.config.seed, queries]
+        return fingerprint([type(self).__qualname__, self.method, made_by, settings, stage_versions("fit", "score")])

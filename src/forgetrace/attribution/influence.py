@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forgetrace.artifacts import UserError, fingerprint, provenance, read_tensors_provenance, stage_versions
+from forgetrace.artifacts import UserError, fingerprint, read_tensors_provenance
 from forgetrace.attribution.contract import Together
 from forgetrace.config import Config
 
@@ -89,7 +89,7 @@ class InnerProducts(Together):
     def _of_block(self, gradients: Gradients, sources: Sequence[InnerProducts], queries: list[str]) -> np.ndarray:
         """Scores (N, settings · queries), the queries of a setting next to each other."""
         models = self.models()
-        key = fingerprint([source._key(queries) for source in sources]) if len(sources) > 1 else self._key(queries)
+        key = fingerprint([source.key(queries) for source in sources]) if len(sources) > 1 else self.key(queries)
         folder, total = Path(self.layout.checkpoints("score")), 0.0
         partials = [folder / f"{key}-{number}.npy" for number in range(len(models))]
         for number, (weights, partial) in enumerate(zip(models, partials, strict=True)):
@@ -122,12 +122,6 @@ class InnerProducts(Together):
     def weight_of(self, weights: str) -> float:
         """What the inner products at these weights are multiplied by."""
         return 1.0
-
-    def _key(self, queries: list[str]) -> str:
-        """Fingerprint of all that the inner products depend on: methods must not share what they found."""
-        made_by = provenance({}, {path: path for query in queries for path in self.inputs(query)})
-        settings = [self.options.model_dump(), self.shaped_by(), self.layout.config.seed, queries]
-        return fingerprint([type(self).__qualname__, self.method, made_by, settings, stage_versions("fit", "score")])
 
 
 def _joined(sources: Sequence[InnerProducts], gradients: Gradients, queries: list[str]) -> dict:

@@ -7,6 +7,7 @@ from forgetrace.attribution.ensemble import Ensemble
 from forgetrace.attribution.image_features import Clip, Dino, DinoV2, EfficientNet, ImageFeatures
 from forgetrace.attribution.influence import DataInf, Influence, ReTrac, TracIn
 from forgetrace.attribution.low_loss import LowLoss
+from forgetrace.attribution.output_shift import OutputShift
 from forgetrace.attribution.trak import Das, DTrak, JourneyTrak, Trak
 from forgetrace.attribution.unet_features import UNetFeatures
 from forgetrace.attribution.unlearning import Unlearning
@@ -15,6 +16,7 @@ from forgetrace.layout import BASE, POOLS, SHARED, Layout
 
 ATTRIBUTORS: dict[str, type[Attributor]] = {
     "unlearning": Unlearning,
+    "output-shift": OutputShift,
     "influence": Influence,
     "datainf": DataInf,
     "tracin": TracIn,

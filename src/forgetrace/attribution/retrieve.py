@@ -26,7 +26,7 @@ from forgetrace.attribution.contract import Attributor
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.scan import scan
 from forgetrace.attribution.score import SCANNED, score
-from forgetrace.attribution.unlearning import Unlearning
+from forgetrace.attribution.unlearning import ByUnlearning
 from forgetrace.layout import Layout
 from forgetrace.unlearning.variants import unlearn_query
 
@@ -59,7 +59,7 @@ def retrieve(layout: Layout, model: str, device: str = "auto") -> None:
 def rank_for(own: Candidates, method: str, queries: list[str], device: str = "auto") -> None:
     """Write a method's score tables for some queries, as far as they are not there."""
     source = attributor(own, method, device)
-    if own.base_scan not in source.inputs(queries[0]):
+    if own.base_scan not in source.inputs(queries[0]) and not isinstance(source, ByUnlearning):
         score(own.asking(queries), method, device=device)
         return
     for query in queries:
@@ -74,7 +74,7 @@ def scanned_with(own: Candidates, source: Attributor, query: str) -> str:
     """Fingerprint of what scores hang on whose scans are thrown away when all methods have ranked."""
     config, settings = own.config, [source.options.model_dump()]
     files = [own.weights, own.encode_manifest, own.query(query)["tensors"]]
-    if isinstance(source, Unlearning):
+    if isinstance(source, ByUnlearning):
         variant = config.unlearn[source.variant]
         settings.append(variant.model_dump())
         files += own.fitted(variant.curvature)[:1] if variant.curvature != "none" else []
@@ -92,10 +92,13 @@ def _is_made(path: str, key: str) -> bool:
 
 
 def scan_for(own: Candidates, source: Attributor, query: str, device: str) -> None:
-    """Make the scans that a method asks of a query and that are not there: of the model itself, and unlearned."""
-    if own.base_scan in source.inputs(query) and not Path(own.base_scan).exists():
+    """Make what a method asks of a query and is not there: the model unlearned, the scans of it and of the model."""
+    missing = [path for path in source.inputs(query) if not Path(path).exists()]
+    if own.base_scan in missing:
         scan(own, device=device)
-    if isinstance(source, Unlearning) and not Path(own.scan(source.variant, query)).exists():
-        if not Path(own.unlearned(source.variant, query)["losses"]).exists():
-            unlearn_query(own, source.variant, query, device)
+    if not isinstance(source, ByUnlearning) or not missing:
+        return
+    if not Path(own.unlearned(source.variant, query)["losses"]).exists():
+        unlearn_query(own, source.variant, query, device)
+    if own.scan(source.variant, query) in missing:
         scan(own, source.variant, query, device)

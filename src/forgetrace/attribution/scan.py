@@ -176,43 +176,47 @@ def scan_losses(
     rows: np.ndarray | None = None,
     draws: np.ndarray | None = None,
     done: Callable[[int], object] = lambda losses: None,
+    measure: Callable[..., torch.Tensor] = example_losses,
 ) -> None:
-    """Fill in losses that are not there yet.
+    """Fill in losses, or whatever else is measured, that are not there yet.
 
     Args:
         unet: the model, as :func:`for_inference` returns it.
         scheduler: its schedule.
         encoded: D.
         bank: T timesteps with their noise.
-        losses: a row for each of the first latents, (N or 2N, T), float32, NaN where missing; filled in place.
+        losses: a row for each of the first latents, (N or 2N, T, …), float32, NaN where missing; filled in place.
         batch_size: UNet evaluations at once; does not change the result beyond rounding.
         rows: the rows to scan, (n,), such as a shard of D; by default all.
         draws: the draws of each, (n, w); by default all.
         done: told, as they come, how many losses there are more.
+        measure: called as :func:`example_losses`, returns (B, …) as the losses are shaped.
     """
     rows = np.arange(len(losses)) if rows is None else rows
     draws = (
         np.broadcast_to(np.arange(len(bank.timesteps)), (len(rows), len(bank.timesteps))) if draws is None else draws
     )
-    missing = np.flatnonzero(np.isnan(losses[rows[:, None], draws]).any(axis=1))
+    missing = np.flatnonzero(np.isnan(losses[rows[:, None], draws]).reshape(len(rows), -1).any(axis=1))
+    ask = functools.partial(measure, unet, scheduler)
+    device = next(unet.parameters()).device
     # Images outermost: a batch then holds few captions, each projected to keys and values once.
     width, block = min(draws.shape[1], batch_size), _block(draws.shape[1], batch_size)
     for start in range(0, len(missing), block):
         part = missing[start : start + block]
         for first in range(0, draws.shape[1], width):
             some = draws[part, first : first + width]
-            losses[rows[part, None], some] = _mean_losses(unet, scheduler, encoded, bank, rows[part], some)
+            losses[rows[part, None], some] = _over_captions(ask, device, encoded, bank, rows[part], some)
             done(some.size)
 
 
-def _mean_losses(unet, scheduler, encoded: Encoded, bank, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Losses of one batch, the mean over captions: latents (n,) with draws (n, w) each -> (n, w)."""
+def _over_captions(ask, device: torch.device, encoded: Encoded, bank, rows: np.ndarray, draws: np.ndarray):
+    """What is measured of one batch, the mean over captions: latents (n,) with draws (n, w) each -> (n, w, …)."""
     counts = encoded.counts(rows % len(encoded))
-    total = np.zeros(draws.shape, dtype=np.float32)
-    for number in range(counts.max()):
+    total = _with_caption(ask, device, encoded, bank, rows, draws, 0)  # every image has one
+    for number in range(1, counts.max()):
         having = counts > number
-        total[having] += _losses(unet, scheduler, encoded, bank, rows[having], draws[having], number)
-    return total / counts[:, None].astype(np.float32)
+        total[having] += _with_caption(ask, device, encoded, bank, rows[having], draws[having], number)
+    return total / counts.reshape(-1, *[1] * (total.ndim - 1)).astype(np.float32)
 
 
 def _block(draws: int, batch_size: int) -> int:
@@ -220,27 +224,24 @@ def _block(draws: int, batch_size: int) -> int:
     return batch_size // min(draws, batch_size)
 
 
-def _losses(
-    unet: UNet2DConditionModel,
-    scheduler: DDPMScheduler,
+def _with_caption(
+    ask: Callable[..., torch.Tensor],
+    device: torch.device,
     encoded: Encoded,
     bank: NoiseBank | ReleaseNoise,
     rows: np.ndarray,
     draws: np.ndarray,
     number: int,
 ) -> np.ndarray:
-    """Losses with the numbered caption of each image: latents (n,) with draws (n, w) each -> (n, w)."""
-    device = next(unet.parameters()).device
+    """What is measured with the numbered caption of each image: latents (n,) with draws (n, w) each -> (n, w, …)."""
     captions = encoded.states(encoded.caption(rows % len(encoded), number))
-    values = example_losses(
-        unet,
-        scheduler,
+    values = ask(
         encoded.batch(rows).to(device).repeat_interleave(draws.shape[1], dim=0),
         captions.to(device),
         torch.from_numpy(bank.timesteps[draws].reshape(-1)).to(device),
         _noise(bank, encoded, rows, draws, number).to(device),
     )
-    return values.reshape(draws.shape).cpu().numpy()
+    return values.reshape(*draws.shape, *values.shape[1:]).cpu().numpy()
 
 
 def _noise(

@@ -13,7 +13,26 @@ from forgetrace.attribution.narrowing import balanced_means
 from forgetrace.config import Config
 
 
-class Unlearning(Attributor):
+class ByUnlearning(Attributor):
+    """What methods share that look at a model which has unlearned the query."""
+
+    @classmethod
+    def check(cls, config: Config, method: str) -> None:
+        """The variant must be one of the section ``unlearn``."""
+        variant = config.score.methods[method].variant or method
+        if variant not in config.unlearn:
+            raise UserError(
+                f"score.methods.{method}: the section 'unlearn' has no variant '{variant}' "
+                f"(it has {', '.join(config.unlearn) or 'none'})."
+            )
+
+    @property
+    def variant(self) -> str:
+        """How the query is unlearned: a name of the section ``unlearn``."""
+        return self.options.variant or self.method
+
+
+class Unlearning(ByUnlearning):
     """Loss increase of each training image after unlearning the query."""
 
     summary = "loss increase of a training image after the model has unlearned the query (AbU)"
@@ -21,22 +40,12 @@ class Unlearning(Attributor):
 
     @classmethod
     def check(cls, config: Config, method: str) -> None:
-        """The variant must be one of the section ``unlearn``, the score one that a narrowed scan serves."""
-        variant = config.score.methods[method].variant or method
-        if variant not in config.unlearn:
-            raise UserError(
-                f"score.methods.{method}: the section 'unlearn' has no variant '{variant}' "
-                f"(it has {', '.join(config.unlearn) or 'none'})."
-            )
+        """The score must be one that a narrowed scan serves."""
+        super().check(config, method)
         if config.scan.narrowing and config.score.methods[method].score != "difference":
             raise UserError(f"score.methods.{method}: scan.narrowing spends its draws by score: difference.")
         if config.score.methods[method].flips and not config.encode.flips:
             raise UserError(f"score.methods.{method}.flips has no effect without encode.flips: remove the key.")
-
-    @property
-    def variant(self) -> str:
-        """How the query is unlearned: a name of the section ``unlearn``."""
-        return self.options.variant or self.method
 
     def inputs(self, query: str) -> list[str]:
         """The scan of θ0 and the one of the unlearned weights."""

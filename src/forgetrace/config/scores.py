@@ -163,7 +163,7 @@ class Method(Section):
 
     attributor: str | None = Field(None, description="Registered attributor; by default the method's own name.")
     variant: str | None = Field(
-        None, description="Unlearning variant it uses; by default the method's name (unlearning only)."
+        None, description="Unlearning variant it uses; by default the method's name (unlearning, output-shift)."
     )
     score: Literal["difference", "skew"] = Field(
         "difference", description="How a loss before and after becomes a score (unlearning only)."
@@ -178,7 +178,9 @@ class Method(Section):
         None, description="Weights whose gradients count (gradient methods; by default all).", exclude_if=unused
     )
     timesteps: Positive | None = Field(
-        None, description="Evenly spaced timesteps a training image's gradients average over.", exclude_if=unused
+        None,
+        description="Evenly spaced timesteps a training image's gradients, or shifts of its prediction, average over.",
+        exclude_if=unused,
     )
     noises: Positive | None = Field(
         None,

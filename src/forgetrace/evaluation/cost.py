@@ -41,9 +41,13 @@ def _cost(layout: Layout, method: str) -> tuple[float, ...]:
     seconds, memory = _measured(jobs)
     seconds_of_queries, memory_of_queries = _measured(jobs_of_queries)
     sizes = [Path(path).stat().st_size if Path(path).exists() else np.nan for path in files]
-    each, at_once = seconds_of_queries / len(queries), 1.0
+    at_once = 1.0
     if isinstance(attributor(layout, method), Together):
-        each, at_once = _shares(layout, method)
+        before = of_queries - {layout.score(method, query) for query in queries}  # such as unlearned weights
+        seconds_of_queries, _ = _measured({job for path in before for job in timings(layout, path)})
+        share, at_once = _shares(layout, method)
+        seconds_of_queries += share * len(queries)
+    each = seconds_of_queries / len(queries)
     return seconds, each, at_once, np.maximum(memory, memory_of_queries), sum(sizes) / 1e6
 
 
@@ -65,8 +69,9 @@ def needs(layout: Layout, method: str, query: str) -> set[str]:
     for features in source.features():
         files |= {layout.features(features.name), *features.inputs()}
     for variant, settings in layout.config.unlearn.items():
-        if layout.scan(variant, query) in files:
-            files.add(layout.unlearned(variant, query)["weights"])
+        weights = layout.unlearned(variant, query)["weights"]
+        if files & {weights, layout.scan(variant, query)}:
+            files.add(weights)
             files |= set(layout.fitted(settings.curvature)[:1])
     return {path for path in files if path.startswith(tuple(f"{layout.root}/{stage}/" for stage in STAGES))}
 
