@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from forgetrace.artifacts import read_json, read_table
+from forgetrace.artifacts import UserError, read_json, read_table
 from forgetrace.attribution.ranking import read_ranking
 from forgetrace.datasets.digits import BACKGROUNDS, DIGITS, INKS, SLANTS, WEIGHTS
 from forgetrace.datasets.prepare import read_metadata
@@ -23,8 +23,15 @@ WORDS = {"weight": WEIGHTS, "ink": INKS, "digit": DIGITS, "slant": SLANTS, "back
 
 
 def described(caption: str) -> list[str]:
-    """What a caption of the digits says, in the order of ``WORDS``."""
-    return [next(word for word in words if f" {word} " in caption) for words in WORDS.values()]
+    """What a caption of the digits says, in the order of ``WORDS``.
+
+    Raises:
+        UserError: it is another caption.
+    """
+    found = [next((word for word in words if f" {word} " in caption), None) for words in WORDS.values()]
+    if None in found:
+        raise UserError(f"'{caption}' is no caption of the dataset digits, which this table is of.")
+    return found
 
 
 def in_common(layout: Layout, k: int) -> pd.DataFrame:

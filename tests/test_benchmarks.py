@@ -193,6 +193,8 @@ def test_what_a_caption_says_of_a_digit():
     for caption in captions:
         weight, ink, digit, slant, background = common.described(caption)
         assert caption == f"a {weight} {ink} {digit} {slant} on a {background} background"
+    with pytest.raises(UserError, match="'my own' is no caption of the dataset digits"):
+        common.described("my own")
 
 
 def test_what_first_images_have_in_common_with_the_prompt_by_hand(tmp_path, monkeypatch):

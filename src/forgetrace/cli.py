@@ -223,7 +223,7 @@ def tune(
     if option is None:
         if layout.config.customize or partial or queries or not leave_out:
             raise UserError("Methods are judged as they are by --leave-out K alone; or give --option and --values.")
-        tried = compare(layout, method.split(","), leave_out, device)
+        tried = compare(layout, [name.strip() for name in method.split(",")], leave_out, device)
     elif layout.config.customize:
         from forgetrace.evaluation.tune_exemplars import tune_on_exemplars
 

@@ -107,7 +107,7 @@ def test_every_method_ranks_the_base_set_and_the_exemplars(layout):
     retrieve(layout, style(layout), "cpu")
     found = read_table(layout.ranks(style(layout)))
     assert found.groupby("method")["query"].nunique().to_dict() == {
-        "unlearn": 2, "pixel": 2, "text": 2, "unet-features": 2, "influence": 1, "random": 2,
+        "unlearn": 2, "shift": 2, "pixel": 2, "text": 2, "unet-features": 2, "influence": 1, "random": 2,
     }  # fmt: skip
     for method, own in asked(layout, style(layout), query_manners(layout.config.customize, style(layout))).items():
         for query in own:

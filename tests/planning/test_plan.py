@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from forgetrace import cli
 from forgetrace.config import Narrowing, Scan
+from forgetrace.datasets.prepare import prepare
 from forgetrace.layout import Layout, load_layout
 from forgetrace.planning import calibrate, estimate, work
 from forgetrace.planning.calibrate import Unit, rate
@@ -119,6 +120,25 @@ def test_models_trained_as_one_are_a_job_of_each_set_with_as_many_steps():
     assert as_one.evaluations(7) == alone.evaluations(7)
 
 
+def test_a_set_of_one_model_is_timed_as_models_trained_as_one_are(tmp_path, monkeypatch):
+    one = {"methods": ["unlearn"], "random_draws": 1, "seeds": 0, "queries": 1, "stack": 8}
+    assert work.STACKED in counted(retrain=one)["retrain"].units
+    monkeypatch.setattr(calibrate, "training_step", lambda *_, models=1: Unit(models, 0, 0))
+    monkeypatch.setattr(calibrate, "rate", lambda *_, **__: Unit(0, 0, 0))
+    config = (CONFIGS / "smoke.yaml").read_text(encoding="utf-8").replace("retrain:\n", "retrain:\n  stack: 3\n")
+    (tmp_path / "stacked.yaml").write_text(config, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    layout = load_layout("stacked.yaml")
+    prepare(layout.config.prepare, layout.data, look=False)
+    units, _ = calibrate.heavy(layout, "cpu")
+    assert (units[work.STEP].each, units[work.STACKED].each) == (1, 3)
+
+
+def test_the_models_of_a_query_are_counted_where_the_first_one_is_not_judged():
+    recipe = {"methods": ["unlearn"], "k": [10], "queries": ["report-01"]}
+    assert counted(retrain=recipe)["retrain"].units[work.LOSS] == 5 * 2
+
+
 def test_no_fisher_is_fitted_and_no_random_set_trained_that_nobody_asks_for():
     plain = {"curvature": "none", "step_size": 1e-2}
     assert counted(unlearn={"unlearn": plain, "unlearn-sgd": plain})["fit"].jobs == 0
@@ -177,8 +197,10 @@ def test_a_step_of_a_stack_is_timed_per_model_and_leaves_no_checkpoint(tmp_path,
     monkeypatch.chdir(tmp_path)
     layout, captions = Layout("tiny", settings()), ["a red four", "a blue two"]
     encoded = calibrate.stand_in([16, 16, 3], layout.config.encode, captions)
-    monkeypatch.setattr(calibrate, "rate", lambda run, size, seconds: run(2) or size)
-    assert calibrate.training_step(layout, encoded, "cpu", models=3) == 3
+    monkeypatch.setattr(calibrate, "rate", lambda run, size, seconds: run(2) or Unit(size, 0, 0))
+    unit = calibrate.training_step(layout, encoded, "cpu", models=3)
+    assert unit.each == 3
+    assert unit.first > 0  # the models are made
     assert not Path("checkpoints").exists() or not any(Path("checkpoints").rglob("*.pt"))
 
 

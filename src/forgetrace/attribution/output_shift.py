@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
 TIMESTEPS = 10
-HELD = 2**32  # bytes of models at once
+HELD = 2**30  # bytes of models at once
 
 
 class OutputShift(ByUnlearning, Together):
@@ -50,9 +50,17 @@ class OutputShift(ByUnlearning, Together):
         """Scores of several queries in one pass, in which θ0 is asked once; of as many as fit into memory."""
         from forgetrace.artifacts import read_tensors
 
-        count = max(1, HELD // sum(weight.nbytes for weight in read_tensors(self.layout.weights).values()))
+        numbers = sum(weight.numel() for weight in read_tensors(self.layout.weights).values())
+        count = max(1, HELD // (4 * numbers))
         blocks = [queries[start : start + count] for start in range(0, len(queries), count)]
-        return {query: scores for block in blocks for query, scores in self._of_block(block).items()}
+        scores = {query: found for block in blocks for query, found in self._of_block(block).items()}
+        for block in blocks:  # not before the last: a killed job goes through all of them
+            self._partial(block).unlink()
+        return scores
+
+    def _partial(self, queries: list[str]) -> Path:
+        """Where a pass keeps what it found."""
+        return Path(self.layout.checkpoints("score")) / f"{self.key(queries)}.npy"
 
     def _of_block(self, queries: list[str]) -> dict[str, np.ndarray]:
         from forgetrace.attribution.resumable import resumable
@@ -70,8 +78,7 @@ class OutputShift(ByUnlearning, Together):
         unet, *moved = (for_inference(load_unet(layout, device, changed=weights)) for weights in [None, *changed])
         timesteps = spaced_timesteps(self.options.timesteps or TIMESTEPS, scheduler.config.num_train_timesteps)
         bank = NoiseBank(layout.config.seed, "scan", timesteps, tuple(encoded.latents.shape[1:]))
-        partial = Path(layout.checkpoints("score")) / f"{self.key(queries)}.npy"
-        found = resumable(partial, (len(encoded.latents), len(timesteps), len(queries)))
+        found = resumable(self._partial(queries), (len(encoded.latents), len(timesteps), len(queries)))
         there = int((~np.isnan(found[:, :, -1])).sum())
         with progress(total=found[:, :, -1].size, unit="draw", what=self.method, done=there) as bar:
             batch, measure = layout.config.scan.batch_size, functools.partial(shifts, moved)
@@ -79,7 +86,6 @@ class OutputShift(ByUnlearning, Together):
         means = found.mean(axis=1, dtype=float)
         if layout.config.encode.flips:
             means = means.reshape(2, len(encoded), -1).mean(axis=0)
-        partial.unlink()
         return dict(zip(queries, means.T, strict=True))
 
 

@@ -176,7 +176,7 @@ def scan_losses(
     rows: np.ndarray | None = None,
     draws: np.ndarray | None = None,
     done: Callable[[int], object] = lambda losses: None,
-    measure: Callable[..., torch.Tensor] = example_losses,
+    measure: Callable[..., torch.Tensor] | None = None,
 ) -> None:
     """Fill in losses, or whatever else is measured, that are not there yet.
 
@@ -190,14 +190,15 @@ def scan_losses(
         rows: the rows to scan, (n,), such as a shard of D; by default all.
         draws: the draws of each, (n, w); by default all.
         done: told, as they come, how many losses there are more.
-        measure: called as :func:`example_losses`, returns (B, …) as the losses are shaped.
+        measure: called as :func:`example_losses`, which it is by default; returns (B, …) as the losses are shaped.
     """
     rows = np.arange(len(losses)) if rows is None else rows
     draws = (
         np.broadcast_to(np.arange(len(bank.timesteps)), (len(rows), len(bank.timesteps))) if draws is None else draws
     )
-    missing = np.flatnonzero(np.isnan(losses[rows[:, None], draws]).reshape(len(rows), -1).any(axis=1))
-    ask = functools.partial(measure, unet, scheduler)
+    unknown = np.isnan(losses[rows[:, None], draws])
+    missing = np.flatnonzero(unknown.any(axis=tuple(range(1, unknown.ndim))))
+    ask = functools.partial(measure or example_losses, unet, scheduler)
     device = next(unet.parameters()).device
     # Images outermost: a batch then holds few captions, each projected to keys and values once.
     width, block = min(draws.shape[1], batch_size), _block(draws.shape[1], batch_size)

@@ -128,20 +128,8 @@ def train_as_one(
     Raises:
         UserError: as for :func:`train`, or the architecture has layers that cannot be stacked.
     """
-    recipe = layout.config.train
-    if recipe.lacks:
-        raise UserError(f"No model can be trained here: {recipe.lacks}.")
-    torch.set_num_threads(recipe.threads)
-    target = pick_device(device)
-    precision = resolve_precision(recipe.precision, target)
-    accelerator = Accelerator(cpu=target.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
-    if recipe.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"train.batch_size = {recipe.batch_size} cannot be split evenly between "
-            f"{accelerator.num_processes} processes."
-        )
-    make_deterministic()
-    loop = _Loop(layout, encoded, trainings, accelerator, precision)
+    recipe, loop = layout.config.train, begin(layout, encoded, trainings, device)
+    accelerator = loop.accelerator
     loop.resume(snapshots)
     with progress(total=recipe.steps, unit="step", what=f"train {loop.called}", done=loop.step) as bar:
         while loop.step < recipe.steps:
@@ -155,7 +143,7 @@ def train_as_one(
             # That of the last step serves models trained as one, which take long to be asked; a single one is at once.
             if loop.step % recipe.checkpoint_every == 0 if loop.step < recipe.steps else not loop.alone:
                 loop.save_checkpoint()
-    same = {"precision": precision, "threads": recipe.threads, "processes": accelerator.num_processes}
+    same = {"precision": loop.precision, "threads": recipe.threads, "processes": accelerator.num_processes}
     same |= {"torch": torch.__version__, "processor": processor_name(accelerator.device)}
     records = [
         {"key": key, "seed": training.seed, "removed": int(training.removed.sum())} | same
@@ -164,6 +152,24 @@ def train_as_one(
     trained = list(zip(loop.averaged_weights(), loop.curves(), records, strict=True))
     loop.close()
     return trained
+
+
+def begin(layout: Layout, encoded: Encoded, trainings: Sequence[Training], device: str = "auto") -> "_Loop":
+    """The trainings before their first step, and the process set up for them; arguments and errors of train_as_one."""
+    recipe = layout.config.train
+    if recipe.lacks:
+        raise UserError(f"No model can be trained here: {recipe.lacks}.")
+    torch.set_num_threads(recipe.threads)
+    target = pick_device(device)
+    precision = resolve_precision(recipe.precision, target)
+    accelerator = Accelerator(cpu=target.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
+    if recipe.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"train.batch_size = {recipe.batch_size} cannot be split evenly between "
+            f"{accelerator.num_processes} processes."
+        )
+    make_deterministic()
+    return _Loop(layout, encoded, trainings, accelerator, precision)
 
 
 class _Loop:
@@ -179,6 +185,7 @@ class _Loop:
     ):
         recipe = layout.config.train
         self.recipe, self.encoded, self.trainings, self.accelerator = recipe, encoded, trainings, accelerator
+        self.precision = precision
         self.shape = tuple(encoded.latents.shape[1:])
         unets = [initial_unet(recipe, self.shape, encoded.captions.shape[2], training.seed) for training in trainings]
         self.scheduler = build_scheduler(recipe)

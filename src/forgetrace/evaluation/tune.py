@@ -27,8 +27,9 @@ from forgetrace.artifacts import (
 )
 from forgetrace.attribution.influence import InnerProducts
 from forgetrace.attribution.ranking import rank, read_ranking
-from forgetrace.attribution.registry import attributor, check_methods
+from forgetrace.attribution.registry import ATTRIBUTORS, attributor, check_methods
 from forgetrace.attribution.scan import scan
+from forgetrace.attribution.unlearning import ByUnlearning
 from forgetrace.config import Config, parse_config
 from forgetrace.counterfactual.measure import brief_measures, measure_key
 from forgetrace.counterfactual.retrain import measured_before, retrained_unet
@@ -212,7 +213,8 @@ def trial(layout: Layout, method: str, option: str, value: str) -> Layout:
     entry = plain["score"]["methods"].get(method)
     if entry is None:
         raise UserError(f"score.methods has no '{method}' (it has {', '.join(plain['score']['methods'])}).")
-    if (entry.get("attributor") or method) != "unlearning" or option == "score":
+    kind = ATTRIBUTORS.get(entry.get("attributor") or method)
+    if kind is None or not issubclass(kind, ByUnlearning) or option in kind.reads:
         entry[option] = given
     else:
         variant = plain["unlearn"][entry.get("variant") or method] | {option: given}
@@ -257,7 +259,7 @@ def _scores(layout: Layout, method: str, queries: list[str], device: str) -> dic
         for query in queries:
             if not Path(layout.unlearned(variant, query)["losses"]).exists():
                 unlearn_query(layout, variant, query, device)
-            if not Path(layout.scan(variant, query)).exists():
+            if (path := layout.scan(variant, query)) in source.inputs(query) and not Path(path).exists():
                 scan(layout, variant, query, device)
     return source.scores_of(queries)
 

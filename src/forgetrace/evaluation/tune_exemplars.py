@@ -69,7 +69,10 @@ def _together(layout: Layout, method: str, trials: dict[str, Layout]) -> Layout:
     methods, variants = {}, dict(layout.config.unlearn)
     for value, tried in trials.items():
         entry = tried.config.score.methods[method]
-        methods[value] = entry.model_copy(update={"attributor": entry.attributor or method})
+        # The method's own name, which these are by default, is another here.
+        own = {"attributor": entry.attributor or method}
+        own |= {"variant": method} if not entry.variant and method in tried.config.unlearn else {}
+        methods[value] = entry.model_copy(update=own)
         variants |= tried.config.unlearn
     score = layout.config.score.model_copy(update={"methods": methods})
     return replace(layout, config=layout.config.model_copy(update={"score": score, "unlearn": variants}))

@@ -118,18 +118,27 @@ def training_step(layout: Layout, encoded: "Encoded", device: str, seconds: floa
 
     Leaves the process with a training's threads and settings.
     """
-    from forgetrace.diffusion.training import Training, discard_checkpoints, train_as_one
-
-    def steps(n: int) -> None:
-        # No warm-up and no checkpoint in so few steps, and no divergence at so small a rate.
-        few = {"steps": n, "warmup_steps": 0, "checkpoint_every": n, "learning_rate": 1e-9}
-        recipe = layout.config.model_copy(update={"train": layout.config.train.model_copy(update=few)})
-        trainings = [Training(str(seed), seed, np.zeros(IMAGES, dtype=bool)) for seed in range(models)]
-        train_as_one(Layout(layout.name, recipe), encoded, trainings, device)
-        discard_checkpoints(layout, *trainings)  # a stack leaves that of its last step
+    from forgetrace.diffusion.captured import EAGER
+    from forgetrace.diffusion.training import Training, begin
 
     write_json(layout.encode_manifest, {"source": "calibration"})  # a training's key holds it
-    return rate(steps, models, seconds)
+    # No divergence at so small a rate, and so many steps that none is the last.
+    recipe = layout.config.train.model_copy(update={"steps": 10**6, "warmup_steps": 0, "learning_rate": 1e-9})
+    layout = Layout(layout.name, layout.config.model_copy(update={"train": recipe}))
+    trainings = [Training(str(seed), seed, np.zeros(IMAGES, dtype=bool)) for seed in range(models)]
+    start = time.perf_counter()
+    loop = begin(layout, encoded, trainings, device)
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            loop.run_step()
+
+    if loop.accelerator.device.type == "cuda":
+        steps(EAGER + 1)  # until the step is recorded
+    begun = time.perf_counter() - start
+    unit = rate(steps, models, seconds)
+    loop.close()
+    return unit._replace(first=unit.first + begun)
 
 
 def light(layout: Layout) -> dict[str, Unit]:
@@ -195,10 +204,10 @@ def heavy(layout: Layout, device: str) -> tuple[dict[str, Unit], dict]:
     units[work.SCAN] = rate(scans, block * draws)
     if config.train.trains:
         units[work.STEP] = training_step(layout, encoded, device)
-        most = max(map(len, layout.retraining_sets().values()), default=0)
-        if (models := min(config.retrain.stack, most)) > 1:
+        if (stack := config.retrain.stack) > 1:
             # A GPU gains with every model until it is full, a CPU hardly.
-            models = min(models, FEW) if target.type == "cpu" else models
+            largest = max(map(len, layout.retraining_sets().values()), default=1)
+            models = min(stack, largest, FEW if target.type == "cpu" else stack)
             units[work.STACKED] = training_step(layout, encoded, device, models=models)
         torch.use_deterministic_algorithms(False)  # which trainings want, like their threads
         torch.set_num_threads(1)
