@@ -42,43 +42,41 @@ class OutputShift(ByUnlearning, Together):
         layout = self.layout
         return [*layout.model_files, *layout.encoded, layout.unlearned(self.variant, query)["weights"]]
 
-    def shaped_by(self) -> dict:
-        """Whether images have a mirrored orientation too."""
-        return {"flips": True} if self.layout.config.encode.flips else {}
-
     def scores_of(self, queries: list[str]) -> dict[str, np.ndarray]:
         """Scores of several queries in one pass, in which θ0 is asked once; of as many as fit into memory."""
-        from forgetrace.artifacts import read_tensors
+        from forgetrace.diffusion.device import pick_device
+        from forgetrace.diffusion.inference import for_inference
+        from forgetrace.diffusion.model import load_unet
 
-        numbers = sum(weight.numel() for weight in read_tensors(self.layout.weights).values())
-        count = max(1, HELD // (4 * numbers))
-        blocks = [queries[start : start + count] for start in range(0, len(queries), count)]
-        scores = {query: found for block in blocks for query, found in self._of_block(block).items()}
-        for block in blocks:  # not before the last: a killed job goes through all of them
-            self._partial(block).unlink()
+        unet = load_unet(self.layout, pick_device(self.device))
+        count = max(1, HELD // sum(weight.nbytes for weight in unet.parameters()))
+        unet, folder = for_inference(unet), Path(self.layout.checkpoints("score"))
+        scores, partials = {}, []
+        for start in range(0, len(queries), count):
+            block = queries[start : start + count]
+            partials.append(folder / f"{self.key(block)}.npy")
+            scores |= self._of_block(unet, block, partials[-1])
+        for partial in partials:  # not before the last: a killed job goes through all of them
+            partial.unlink()
         return scores
 
-    def _partial(self, queries: list[str]) -> Path:
-        """Where a pass keeps what it found."""
-        return Path(self.layout.checkpoints("score")) / f"{self.key(queries)}.npy"
-
-    def _of_block(self, queries: list[str]) -> dict[str, np.ndarray]:
+    def _of_block(self, unet: UNet2DConditionModel, queries: list[str], partial: Path) -> dict[str, np.ndarray]:
+        """Scores of the queries whose models are held together; ``partial`` keeps what is found, and stays."""
         from forgetrace.attribution.resumable import resumable
         from forgetrace.attribution.scan import scan_losses
-        from forgetrace.diffusion.device import pick_device
         from forgetrace.diffusion.inference import for_inference
         from forgetrace.diffusion.model import load_scheduler, load_unet
         from forgetrace.diffusion.noise import NoiseBank, spaced_timesteps
         from forgetrace.encoding.store import load_encoded
         from forgetrace.progress import progress
 
-        layout, device = self.layout, pick_device(self.device)
+        layout, device = self.layout, unet.device
         encoded, scheduler = load_encoded(layout), load_scheduler(layout)
         changed = [layout.unlearned(self.variant, query)["weights"] for query in queries]
-        unet, *moved = (for_inference(load_unet(layout, device, changed=weights)) for weights in [None, *changed])
+        moved = [for_inference(load_unet(layout, device, changed=weights)) for weights in changed]
         timesteps = spaced_timesteps(self.options.timesteps or TIMESTEPS, scheduler.config.num_train_timesteps)
         bank = NoiseBank(layout.config.seed, "scan", timesteps, tuple(encoded.latents.shape[1:]))
-        found = resumable(self._partial(queries), (len(encoded.latents), len(timesteps), len(queries)))
+        found = resumable(partial, (len(encoded.latents), len(timesteps), len(queries)))
         there = int((~np.isnan(found[:, :, -1])).sum())
         with progress(total=found[:, :, -1].size, unit="draw", what=self.method, done=there) as bar:
             batch, measure = layout.config.scan.batch_size, functools.partial(shifts, moved)

@@ -108,8 +108,7 @@ def compare(layout: Layout, methods: list[str], leave_out: int, device: str = "a
     """
     queries = tuning_queries(layout)
     for method in methods:
-        if method not in layout.config.score.methods:
-            raise UserError(f"score.methods has no '{method}' (it has {', '.join(layout.config.score.methods)}).")
+        attributor(layout, method)  # there is one
     ids = list(load_encoded(layout).image_ids)
     # All are read first: a missing one is told before anything is trained.
     scored = {m: {q: read_ranking(layout, m, q, ids)["score"].to_numpy() for q in queries} for m in methods}

@@ -54,7 +54,7 @@ def count(layout: Layout, images: int, captions: int, views: float = 1) -> dict[
     shared, recipe, variants = layout.shared_models(), config.train, config.unlearn.values()
     # Leave-K-out models of one query.
     own = len(layout.measured_models(judged[0])) - len(shared) if judged else 0
-    at_once, retrained = len(layout.half_models()) + len(layout.pooled_models()), len(layout.retrainings())
+    at_once, retrained = len(layout.asked_at_once()), len(layout.retrainings())
     sampled = config.synthesize.sampler_steps * (1 if config.synthesize.guidance == 1 else 2)
     asked = len(range(0, recipe.timesteps, config.evaluate.timestep_stride)) * config.evaluate.draws
 
