@@ -95,7 +95,7 @@ def test_all_wrong_keys_are_named_at_once():
         ({"retrain": {"queries": ["report-09"]}}, "retrain.queries: there is no query 'report-09'"),
         ({"retrain": {"queries": ["report-00", "report-00"]}}, "retrain.queries: a query occurs twice"),
         ({"retrain": {"queries": []}}, "retrain.queries"),
-        ({"retrain": {"pools": 3, "pooled_k": [9], "queries": 2}}, "retrain.pools: only 2 queries are judged"),
+        ({"retrain": {"pools": 3, "pooled_k": [9], "queries": 2}}, "retrain.pools: only 2 query images are judged"),
         ({"retrain": {"pools": 2}}, "retrain.pools and retrain.pooled_k go together"),
         ({"retrain": {"pooled_k": [9]}}, "retrain.pools and retrain.pooled_k go together"),
         ({"retrain": {"pools": 2, "pooled_k": [9, 9]}}, "retrain.pooled_k: an entry occurs twice"),
@@ -248,6 +248,8 @@ def test_a_procedure_has_defaults_of_its_own():
     assert (adam.curvature, adam.weights, adam.steps, adam.draws, adam.step_size) == ("none", "all", 1, 2048, 1e-4)
     assert (mucs.curvature, mucs.weights, mucs.steps, mucs.draws) == ("none", "mlp", 1000, 100)
     assert mucs.step_size == pytest.approx(3e-4)
+    with pytest.raises(UserError, match=r"unlearn.m.step_size: .* nobody knows of train.pretrained; give step_size"):
+        parse(unlearn=variants, train={"pretrained": "a/model"})
     assert [variant.model_dump()["procedure"] for variant in (adam, mucs)] == ["adam", "mucs"]
     own = {"procedure": "mucs", "weights": "all", "steps": 7, "draws": 9, "step_size": 1}
     kept = parse(unlearn={"m": own}).unlearn["m"].model_dump()

@@ -370,7 +370,12 @@ def measure(config: ConfigPath, query: QueryName, threads: Threads = None, devic
 @app.command()
 def evaluate(
     config: ConfigPath,
-    partial: Annotated[bool, typer.Option(help="Make do with the models that have been measured so far.")] = False,
+    partial: Annotated[
+        bool,
+        typer.Option(
+            help="Make do with what is there, by whatever settings it was made; rows of methods without scores stay."
+        ),
+    ] = False,
 ) -> None:
     """Turn measurements into tables with intervals and tests."""
     layout = _experiment(config)

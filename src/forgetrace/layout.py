@@ -260,8 +260,12 @@ class Layout:
         return self.half_models() + self.pooled_models()
 
     def pool(self, member: str) -> list[str]:
-        """The queries of pool<i>, whose top images are left out together; all other queries are its controls."""
-        return self.config.judged_queries()[int(member.removeprefix("pool")) :: self.config.retrain.pools]
+        """The queries of pool<i>, whose top images are left out together; all other queries are its controls.
+
+        Images are dealt, their regions go with them: what is found for one side of an image tells of the other too.
+        """
+        images = self.config.judged_images()[int(member.removeprefix("pool")) :: self.config.retrain.pools]
+        return [query for query in self.config.judged_queries() if self.config.whole(query) in images]
 
     def shared_models(self) -> list[tuple[str, int, str]]:
         """(method, k, member) of the models every query is measured with: θ0, random draws, seeds."""

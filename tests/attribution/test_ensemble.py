@@ -9,6 +9,7 @@ from forgetrace.attribution.score import score
 from forgetrace.layout import Layout
 
 from ..conftest import settings
+from ..customized import customised
 
 QUERY = "report-00"
 
@@ -50,6 +51,15 @@ def test_a_member_that_says_nothing_adds_nothing():
     nearly[0] = np.nextafter(0.1, 1)
     assert (nearly - nearly.mean()).std() > 0  # what rounding leaves is no score
     np.testing.assert_array_equal(standardised(nearly), np.zeros(4730))
+
+
+def test_a_member_must_rank_for_all_that_the_ensemble_ranks_for():
+    methods = {"pixel": {}, "text": {}, "both": {"attributor": "ensemble", "methods": ["pixel", "text"]}}
+    costly = {"costly": {"methods": ["text"]}}
+    with pytest.raises(UserError, match=r"'text' is one of retrieve.costly.methods; name 'both' there too"):
+        check_methods(customised(score={"methods": methods}, retrieve=costly))
+    costly["costly"]["methods"].append("both")
+    check_methods(customised(score={"methods": methods}, retrieve=costly))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from forgetrace.artifacts import UserError, read_table, read_tensors_provenance
 from forgetrace.attribution.gradients import Gradients
 from forgetrace.attribution.inner_products import products
-from forgetrace.attribution.registry import attributor
+from forgetrace.attribution.registry import attributor, check_methods
 from forgetrace.attribution.scan import scan
 from forgetrace.attribution.score import score
 from forgetrace.attribution.unlearning import Unlearning
@@ -23,6 +23,7 @@ from forgetrace.encoding.store import load_encoded
 from forgetrace.unlearning.variants import read_query, unlearn_query
 
 from ..conftest import IMAGES, settings
+from ..customized import customised
 
 QUERY = "report-00"
 
@@ -151,6 +152,46 @@ def test_a_killed_pass_goes_on_where_it_was(tiny, monkeypatch):
         attributor(layout, "m", "cpu").scores(QUERY)
     np.testing.assert_allclose(attributor(layout, "m", "cpu").scores(QUERY), expected, rtol=1e-4, atol=1e-12)
     assert len(calls) == 2 + 2  # of 80 gradients 30 were there
+
+
+def test_a_killed_run_goes_through_no_block_of_queries_twice(tiny, monkeypatch):
+    from forgetrace.attribution import inner_products
+
+    layout = with_method(tiny, attributor="influence", timesteps=2)
+    monkeypatch.setattr("forgetrace.attribution.gradients.HELD", 1)
+    queries, method = [QUERY, "mine"], attributor(layout, "m", "cpu")
+    expected, whole, calls = method.scores_of(queries), inner_products.products, []
+    assert not list(Path(layout.checkpoints("score")).iterdir())
+
+    def counted(*arguments):
+        calls.append(1)
+        return whole(*arguments)
+
+    reduce, blocks = method.reduce, []
+
+    def die(found):
+        blocks.append(1)
+        if len(blocks) == 2:
+            raise KeyboardInterrupt
+        return reduce(found)
+
+    monkeypatch.setattr(inner_products, "products", counted)
+    monkeypatch.setattr(method, "reduce", die)
+    with pytest.raises(KeyboardInterrupt):
+        method.scores_of(queries)
+    assert calls
+    calls.clear()
+    again = attributor(layout, "m", "cpu").scores_of(queries)
+    assert not calls  # the gradients of both blocks were there
+    for query in queries:
+        np.testing.assert_array_equal(again[query], expected[query])
+    assert not list(Path(layout.checkpoints("score")).iterdir())
+
+
+def test_customised_models_have_no_snapshots():
+    for method in ("tracin", "retrac"):
+        with pytest.raises(UserError, match=f"score.methods.{method} needs snapshots .* customised models"):
+            check_methods(customised(score={"methods": {method: {}}}))
 
 
 def test_what_a_killed_method_found_is_not_taken_for_another_s(tiny, monkeypatch):

@@ -5,8 +5,10 @@ import torch
 
 from forgetrace.artifacts import UserError, read_json, read_table, read_tensors, sha256_of
 from forgetrace.attribution import learn as module
+from forgetrace.attribution.candidates import candidates
 from forgetrace.attribution.image_features import EncodedImages
 from forgetrace.attribution.learn import learn
+from forgetrace.attribution.registry import all_features
 from forgetrace.attribution.retrieve import retrieve
 from forgetrace.datasets.concepts import names
 from forgetrace.diffusion.customization import customize
@@ -40,6 +42,11 @@ def test_test_models_are_ranked_as_by_any_method_and_models_to_learn_from_are_no
     }
     assert found["rank"].between(1, 43).all()
     assert read_table(layout.learned["curve"])["step"].tolist() == [0, 2, 4]
+
+
+def test_its_encoders_features_are_made_though_no_method_compares_them(layout):
+    assert set(all_features(layout)) == {"image-efficientnet-lite0"}
+    assert not all_features(candidates(layout, names(layout.config.customize, 5)["test"][0], ["random"]))
 
 
 def test_the_heads_that_are_kept_are_those_validation_prefers(layout, monkeypatch):

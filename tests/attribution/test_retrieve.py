@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from forgetrace.attribution.asked import asked, customised_files
 from forgetrace.attribution.candidates import (
     candidates,
     discard,
+    exemplar_files,
     exemplar_ids,
     validation_images,
     validation_subjects,
@@ -30,6 +32,7 @@ from forgetrace.attribution.candidates import (
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.retrieve import retrieve
 from forgetrace.datasets.concepts import names, query_manners
+from forgetrace.datasets.images import images_folder
 from forgetrace.diffusion.customization import customize
 from forgetrace.diffusion.synthesis import generate
 from forgetrace.encoding.store import load_encoded
@@ -190,6 +193,44 @@ def test_what_was_ranked_is_not_unlearned_again_for_one_more_method(layout, monk
     other = {"unlearn": {"step_size": 2e-4, "steps": 2, "draws": 8, "weights": "cross-attn-kv"}}
     retrieve(customised_layout(monkeypatch, score={"methods": METHODS}, unlearn=other), model, "cpu")
     assert asked_for == [("unlearn", f"{model}-00"), ("unlearn", f"{model}-01")]
+
+
+def test_an_ensemble_is_of_its_members_new_scores_wherever_it_stands(layout, monkeypatch):
+    both = {"both": {"attributor": "ensemble", "methods": ["unlearn", "pixel"]}}
+    methods = both | {name: METHODS[name] for name in ("unlearn", "pixel")}
+    model, query = style(layout), f"{style(layout)}-01"
+    for step_size in (1e-4, 1e-3):
+        variant = {"unlearn": {"step_size": step_size, "steps": 2, "draws": 8, "weights": "cross-attn-kv"}}
+        layout = customised_layout(monkeypatch, score={"methods": methods}, unlearn=variant)
+        retrieve(layout, model, "cpu")
+        scores = {
+            name: read_table(layout.retrieved(model, name, query)).set_index("image_id")["score"] for name in methods
+        }
+        expected = sum((own - own.mean()) / own.std(ddof=0) for own in (scores["unlearn"], scores["pixel"]))
+        np.testing.assert_allclose(scores["both"][expected.index], expected, rtol=1e-9)
+
+
+def test_exemplars_are_found_beside_images_of_ones_own(layout):
+    prepare = layout.config.prepare.model_copy(update={"dataset": "folder", "path": str(Path("some/where").absolute())})
+    own = replace(layout, config=layout.config.model_copy(update={"prepare": prepare}))
+    (file,) = exemplar_files(own, style(layout), 1)
+    found = Path(images_folder(own), file)
+    assert os.path.normpath(found) == str(Path(layout.customized_image(style(layout), "exemplar-00")).absolute())
+
+
+@pytest.mark.parametrize("changed", ["code", "Fisher information"])
+def test_leftovers_of_other_code_or_fisher_information_are_thrown_away(layout, monkeypatch, changed):
+    own = candidates(layout, style(layout), ["pixel"])
+    stale = Path(own.root, "unlearn/unlearn/leftover.safetensors")
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    if changed == "code":
+        versions = {"unlearn": 99}
+        monkeypatch.setattr("forgetrace.attribution.candidates.stage_versions", lambda *stages: versions)
+    else:
+        Path(layout.fisher).write_bytes(b"another fit")
+    candidates(layout, style(layout), ["pixel"])
+    assert not stale.exists()
 
 
 def test_leftovers_of_another_config_are_thrown_away(layout):

@@ -246,6 +246,12 @@ def test_a_journey_needs_queries_that_were_sampled(tiny):
         check_methods(config(methods))
 
 
+def test_a_journey_of_a_given_model_s_images_is_one_sentence(trak):
+    method = attributor(trak, "journey-trak", "cpu")
+    with pytest.raises(UserError, match=r"score.methods.journey-trak: the images of a given model were made elsewhere"):
+        method.of_query(None, {"latent": np.zeros(1), "prompt": np.zeros(1)})
+
+
 def test_journey_trak_shares_the_features_of_trak():
     layout = Layout("tiny", config())
     assert set(all_features(layout)) == {"loss-all-t2-d24", "square-all-t2-d24", "mean-all-t2-d24", "losses-t2"}

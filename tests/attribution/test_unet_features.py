@@ -93,3 +93,14 @@ def test_a_timestep_beyond_the_schedule_is_refused():
     with pytest.raises(UserError, match=r"score.methods.u.timestep: 100 is not less than train.timesteps = 100"):
         check_methods(experiment(u={"attributor": "unet-features", "timestep": 100}).config)
     check_methods(experiment(u={"attributor": "unet-features", "timestep": 99}).config)
+
+
+def test_published_token_states_without_the_empty_caption_are_refused():
+    given = {"encode": {"given": "published", "flips": True}, "prepare": {"tuning_captions": 0, "report_captions": 0}}
+    given |= {
+        "synthesize": {"queries": [{"given": "published", "count": 1}], "guidance": 1},
+        "retrain": {"methods": []},
+    }
+    given |= {"train": {"caption_dropout": 0}, "score": {"methods": {"unet-features": {}}}}
+    with pytest.raises(UserError, match=r"score.methods.unet-features asks θ0 with the empty caption, .* encode.given"):
+        check_methods(settings(**given))

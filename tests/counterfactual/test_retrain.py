@@ -141,7 +141,7 @@ def test_models_trained_as_one_say_what_they_say_alone(tiny, monkeypatch):
 STACK = [("half", 0, "draw0"), ("half", 0, "draw1"), ("random", 10, "draw0")]
 
 
-def interrupted_when_asked(layout, monkeypatch, asked: int) -> None:
+def interrupted_when_asked(layout, monkeypatch, asked: int, models=STACK) -> None:
     """Retrain and be interrupted once so many models have been asked."""
     count, brief = [], module.brief_measures
 
@@ -154,7 +154,7 @@ def interrupted_when_asked(layout, monkeypatch, asked: int) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(module, "brief_measures", failing)
         with pytest.raises(KeyboardInterrupt):
-            retrain(layout, STACK, "cpu")
+            retrain(layout, models, "cpu")
 
 
 @pytest.mark.parametrize("taken_back", [True, False])
@@ -170,6 +170,21 @@ def test_models_that_are_trained_but_not_all_asked_are_not_trained_again(tiny, m
     assert steps == ["random-k10-draw0"] * 8
     assert first.exists()
     assert Path(layout.losses(*STACK[1])).exists()
+    assert not any(Path(layout.checkpoints("stacked")).glob("*"))
+
+
+def test_what_was_missing_of_a_stack_and_trained_as_one_is_not_trained_again(tiny, monkeypatch):
+    """One of three halves was there already: the other two were one training, of which one has been asked."""
+    halves = [("half", 0, f"draw{i}") for i in range(3)]
+    retrain(asked_at_once(tiny, stack=3, subsets=3), halves[:1], "cpu")
+    layout = asked_at_once(tiny, stack=3, subsets=3)
+    interrupted_when_asked(layout, monkeypatch, 1, halves)
+    assert [Path(layout.losses(*half)).exists() for half in halves] == [True, True, False]
+    steps, run_step = [], training_module._Loop.run_step
+    monkeypatch.setattr(training_module._Loop, "run_step", lambda loop: steps.append(loop.called) or run_step(loop))
+    retrain(layout, halves, "cpu")
+    assert not steps
+    assert Path(layout.losses(*halves[2])).exists()
     assert not any(Path(layout.checkpoints("stacked")).glob("*"))
 
 

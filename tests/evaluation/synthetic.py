@@ -13,6 +13,7 @@ from forgetrace.counterfactual.sets import half
 from forgetrace.layout import BASE, Layout
 
 TIMESTEPS = [0, 500]
+SIDES = {"side1": {"boxes": [[0, 0, 8, 16]]}, "side2": {"boxes": [[8, 0, 16, 16]]}}
 BASE_LOSS = 0.1
 TRAINING_IMAGES = 12
 # The rise of a query's loss without the top K of a method; a query's number is added as thousandths.
@@ -21,12 +22,13 @@ RISE = {BASE: 0.0, "unlearn": 0.05, "pixel-l2": 0.02, RANDOM: 0.01, SEED_SET: 0.
 SHIFT = {BASE: 0, "unlearn": 51, "pixel-l2": 25, RANDOM: 10, SEED_SET: 5}
 
 
-def experiment(own_image: bool = False, more: int = 0, **retrain) -> Layout:
+def experiment(own_image: bool = False, more: int = 0, regions: bool = False, **retrain) -> Layout:
     """An experiment of four queries, two methods and three random draws.
 
     Args:
         own_image: add a query that is a user's image.
         more: judge so many further methods.
+        regions: each query has two, side1 and side2; ``write_results`` leaves their losses inside to the test.
         retrain: overrides of the config's section.
     """
     queries: list[dict] = [{"pool": "report", "count": 4}]
@@ -41,7 +43,7 @@ def experiment(own_image: bool = False, more: int = 0, **retrain) -> Layout:
     content = {
         "seed": 3,
         "unlearn": {"unlearn": {"step_size": 1e-3}},
-        "synthesize": {"queries": queries},
+        "synthesize": {"queries": queries} | ({"regions": SIDES} if regions else {}),
         "score": {"methods": methods | {"random": {}}},
         "retrain": {"methods": list(methods), "k": [2, 4], **retrain},
         "evaluate": {"bootstrap": 500},

@@ -1,12 +1,17 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
-from forgetrace.artifacts import UserError, read_json, read_table, write_json
+from forgetrace.artifacts import UserError, read_json, read_table, write_json, write_table
+from forgetrace.attribution.ranking import rank
+from forgetrace.config.scores import Method
 from forgetrace.evaluation import lds, tables
+from forgetrace.evaluation.statistics import holm
 
 from . import synthetic
 from .synthetic import flat_encoder
@@ -178,6 +183,25 @@ def test_comparisons_are_on_the_reported_queries(evaluated):
     assert set(table["metric"]) > {"lds", "delta_loss"}
 
 
+def test_an_image_and_its_regions_count_as_one_query(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout = synthetic.experiment(regions=True, subsets=8)
+    synthetic.write_results(layout)
+    halves = lds.read_halves(layout)
+    found = lds.correlations(halves, lds.read_scores(layout), 200, 0)
+    row = row_of(lds.summary(layout, found, halves.shape), method="random")
+    by_image = [
+        np.mean([found["random"][f"report-0{i}{side}"][0] for side in ("", "-side1", "-side2")]) for i in range(4)
+    ]
+    assert row["n_queries"] == 4
+    assert row["mean"] == pytest.approx(np.mean(by_image))
+    assert row["se"] >= np.std(by_image, ddof=1) / 2 - 1e-9
+    pair = next(row for row in lds.comparisons(layout, found) if "random" in row and "unlearn" in row)
+    pair = dict(zip(tables.COMPARISONS, pair, strict=True))
+    assert (pair["n_queries"], pair["p"]) == (4, pytest.approx(2 / 2**4))
+    assert pair["mean_difference"] == pytest.approx(1 - np.mean(by_image))
+
+
 def test_dvc_reads_the_means(evaluated):
     assert read_json(evaluated.metrics)["lds"]["unlearn"] == {"report": 1, "tuning": 1}
 
@@ -219,6 +243,37 @@ def test_scores_that_are_missing_when_asked(evaluated):
     assert row["p_vs_random"] == 1  # one query is left that both have
     comparisons = read_table(evaluated.table("comparisons"))
     assert row_of(comparisons, metric="lds", method_a="unlearn", method_b="random")["n_queries"] == 1
+
+
+def test_in_a_clone_without_scores_the_tables_stay_and_one_more_method_is_laid_beside(evaluated):
+    names = ("lds_per_query", "lds", "agreement", "comparisons")
+    before = {name: read_table(evaluated.table(name)) for name in names}
+    shutil.rmtree(Path(evaluated.root, "score"))
+    tables.evaluate(evaluated, flat_encoder, partial=True)
+    for name in names:
+        pd.testing.assert_frame_equal(read_table(evaluated.table(name)), before[name], rtol=1e-4)
+    assert read_json(evaluated.metrics)["lds"]["unlearn"] == {"report": 1, "tuning": 1}
+
+    methods = {"mine": Method(attributor="pixel")} | evaluated.config.score.methods
+    score = evaluated.config.score.model_copy(update={"methods": methods})
+    layout = replace(evaluated, config=evaluated.config.model_copy(update={"score": score}))
+    ids = read_table(layout.index)["image_id"].tolist()
+    for query in layout.config.queries():
+        for method in ("mine", "random"):
+            scores = synthetic.scores(layout, "unlearn" if method == "mine" else method, query)
+            write_table(layout.score(method, query), rank(ids, scores))
+    tables.evaluate(layout, flat_encoder, partial=True)
+    table = read_table(layout.table("lds"))
+    own = table[table["queries"] == "report"]
+    assert own["method"].tolist() == ["mine", "unlearn", "pixel-l2", "random", "seed", "ceiling"]
+    assert (row_of(own, method="mine")["mean"], row_of(own, method="pixel-l2")["mean"]) == pytest.approx((1, -1))
+    ps = own["p_vs_random"].dropna()
+    assert own["p_vs_random_holm"].dropna().tolist() == pytest.approx(holm(ps.to_numpy()).tolist())
+    family = read_table(layout.table("comparisons")).query("metric == 'lds'")
+    assert list(zip(family["method_a"], family["method_b"], strict=True)) == [
+        ("mine", "random"), ("unlearn", "pixel-l2"), ("unlearn", "random"), ("pixel-l2", "random"),
+    ]  # fmt: skip
+    assert family["p_holm"].tolist() == pytest.approx([1.0] * 4)  # four tests of p = .25
 
 
 def test_before_any_half_is_trained(evaluated):

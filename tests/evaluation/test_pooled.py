@@ -87,6 +87,29 @@ def test_one_pool_has_no_controls(tmp_path, monkeypatch):
     assert table["k"].tolist() == [2] * 6 + [3] * 6
 
 
+def test_regions_are_in_the_pool_of_their_image_and_count_with_it_as_one_query(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layout = synthetic.experiment(regions=True, **POOLS)
+    assert layout.pool("pool1") == [f"report-0{image}{side}" for image in (1, 3) for side in ("", "-side1", "-side2")]
+    synthetic.write_results(layout)
+    for query in layout.config.queries():
+        if layout.config.region(query):  # asked inside, where the loss of theta0 is .05 lower than of the whole
+            path = layout.measure("base", 0, "base", query)["losses"]
+            write_json(path, read_json(path) | {"regions": {"inside": 0.05, "outside": 0.2}})
+    table = pooled.pooled(layout)
+    row = row_of(table, method="unlearn", metric="delta_loss")
+    assert row["n_queries"] == 4
+    # As without regions, the numbers of twelve queries from 0 on, and .05 for two of three.
+    assert row["target"] == pytest.approx(0.053 + 0.0055 + 0.05 * 2 / 3)
+    assert row["control"] == pytest.approx(0.005 + 0.0055 + 0.05 * 2 / 3)
+    assert row["p_vs_random"] == pytest.approx(2 / 2**4)
+
+
+def test_more_pools_than_images_are_refused():
+    with pytest.raises(UserError, match=r"retrain.pools: only 4 query images are judged"):
+        synthetic.experiment(regions=True, pools=5, pooled_k=[3])
+
+
 def test_a_users_image_has_losses_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table = evaluated(synthetic.experiment(own_image=True, **POOLS))

@@ -6,9 +6,10 @@ import pytest
 
 from forgetrace.artifacts import UserError, read_arrays, read_image, read_table, write_arrays, write_json
 from forgetrace.evaluation import tables
-from forgetrace.evaluation.unlearning import UNLEARNING
+from forgetrace.evaluation.unlearning import UNLEARNING, unlearning
 from forgetrace.figures.catalogue import draw, names
 
+from . import synthetic
 from .synthetic import flat_encoder
 from .test_tables import row_of
 
@@ -58,6 +59,22 @@ def test_values_by_hand(layout):
     assert error["ci_low"] <= error["difference"] <= error["ci_high"]
     assert (error["n_queries"], error["n_others"]) == (4, 2)
     assert row_of(table, variant="unlearn", metric="ssim")["query"] < 0.99
+
+
+def test_an_image_and_its_region_count_as_one_query(layout):
+    images = synthetic.experiment(queries=2, regions=True).config.synthesize
+    two = images.queries[0].model_copy(update={"count": 2})
+    regions = {"side1": images.regions["side1"]}
+    synthesize = images.model_copy(update={"queries": [two], "regions": regions})
+    layout = replace(layout, config=layout.config.model_copy(update={"synthesize": synthesize}))
+    assert layout.config.forgotten_queries() == ["report-00", "report-00-side1", "report-01", "report-01-side1"]
+    for i, query in enumerate(layout.config.queries()):
+        record = {"before": {"query": 0.1, "others": 0.2}, "after": {"query": 0.15 + 0.01 * i, "others": 0.21}}
+        write_json(layout.unlearned("unlearn", query)["losses"], record)
+    loss = row_of(unlearning(layout, flat_encoder), variant="unlearn", metric="loss")
+    assert (loss["n_queries"], loss["p"]) == (2, 0.5)
+    assert loss["query"] == pytest.approx(0.065)
+    assert loss["query_se"] == pytest.approx(0.02 / 2)  # .055 and .075
 
 
 def test_queries_that_only_evaluate_others_change_no_other_table(layout, results):

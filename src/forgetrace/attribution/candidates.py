@@ -26,6 +26,7 @@ from forgetrace.artifacts import (
     read_table,
     read_tensors,
     sha256_of,
+    stage_versions,
     write_array_in_parts,
     write_arrays,
     write_image,
@@ -37,6 +38,7 @@ from forgetrace.attribution.image_features import EncodedImages
 from forgetrace.attribution.registry import all_features
 from forgetrace.config import Config, ImageQuery
 from forgetrace.datasets.concepts import names, of_concept, query_manners
+from forgetrace.datasets.images import images_folder
 from forgetrace.layout import Layout
 from forgetrace.unlearning.sweep import Subject
 from forgetrace.unlearning.variants import read_query
@@ -101,6 +103,9 @@ def candidates(layout: Layout, model: str, methods: list[str]) -> Candidates:
         [
             provenance({}, files | {"base": layout.encode_manifest, "weights": layout.weights}),
             own.config.model_dump(mode="json"),
+            # What is found half-done was made with these too.
+            stage_versions("fit", "unlearn", "scan", "score"),
+            [sha256_of(path) for path in _curvatures(own)],
         ]
     )
     _clear_others(own, key)
@@ -175,7 +180,7 @@ def exemplar_ids(model: str, count: int) -> list[str]:
 def exemplar_files(layout: Layout, model: str, count: int) -> list[str]:
     """Their files, relative to the base set's folder as those of all images are."""
     images = [layout.customized_image(model, f"exemplar-{i:02d}") for i in range(count)]
-    return [Path(os.path.relpath(image, layout.data)).as_posix() for image in images]
+    return [Path(os.path.relpath(image, images_folder(layout))).as_posix() for image in images]
 
 
 def _config(layout: Layout, record: dict, methods: list[str]) -> Config:
@@ -192,8 +197,15 @@ def _config(layout: Layout, record: dict, methods: list[str]) -> Config:
             "score": config.score.model_copy(
                 update={"methods": {name: config.score.methods[name] for name in methods}}
             ),
+            "learn": None,  # from images of many models, not of this one
         }
     )
+
+
+def _curvatures(own: Candidates) -> list[str]:
+    """Those there are of the ones its variants step by."""
+    kinds = {variant.curvature for variant in own.config.unlearn.values()}
+    return [path for kind in sorted(kinds) for path in own.fitted(kind)[:1] if Path(path).exists()]
 
 
 def _clear_others(own: Candidates, key: str) -> None:

@@ -30,6 +30,9 @@ class Ensemble(Attributor):
             options = config.score.methods.get(member)
             if options is None or member == RANDOM or (options.attributor or member) == "ensemble":
                 raise UserError(f"{key}: '{member}' is no other method of score.methods; name those with scores.")
+            costly = config.retrieve.costly.methods if config.retrieve else []
+            if member in costly and method not in costly:
+                raise UserError(f"{key}: '{member}' is one of retrieve.costly.methods; name '{method}' there too.")
 
     def inputs(self, query: str) -> list[str]:
         """The members' scores, and the order of the images."""

@@ -78,20 +78,29 @@ class InnerProducts(Together):
         options = self.options
         gradients = Gradients(self.layout, options.weights or "all", options.timesteps or TIMESTEPS, self.device)
         count = max(1, gradients.at_once() // len(sources))
-        scores = [{} for _ in sources]
+        scores, partials = [{} for _ in sources], []
         for start in range(0, len(queries), count):
             block = queries[start : start + count]
-            total = self._of_block(gradients, sources, block)
+            total = self._of_block(gradients, sources, block, partials)
             for number, of_setting in enumerate(scores):
                 of_setting |= {query: total[:, number * len(block) + i] for i, query in enumerate(block)}
+        # Not before the last: a killed run goes through all of them.
+        for partial in partials:
+            partial.unlink()
         return scores
 
-    def _of_block(self, gradients: Gradients, sources: Sequence[InnerProducts], queries: list[str]) -> np.ndarray:
-        """Scores (N, settings · queries), the queries of a setting next to each other."""
+    def _of_block(
+        self, gradients: Gradients, sources: Sequence[InnerProducts], queries: list[str], kept: list[Path]
+    ) -> np.ndarray:
+        """Scores (N, settings · queries), the queries of a setting next to each other.
+
+        What a killed run goes on from is added to ``kept``.
+        """
         models = self.models()
         key = fingerprint([source.key(queries) for source in sources]) if len(sources) > 1 else self.key(queries)
         folder, total = Path(self.layout.checkpoints("score")), 0.0
         partials = [folder / f"{key}-{number}.npy" for number in range(len(models))]
+        kept += partials
         for number, (weights, partial) in enumerate(zip(models, partials, strict=True)):
             gradients.load(weights)
             what = f"{self.method} {number + 1} of {len(models)}"
@@ -102,9 +111,6 @@ class InnerProducts(Together):
                 f"score.methods.{self.method}: a gradient is NaN or infinite; raise the method's damping where it has "
                 "one, or see whether the training went wrong."
             )
-        # Not before the last: a killed run goes through all of them.
-        for partial in partials:
-            partial.unlink()
         return total
 
     def reduce(self, found: np.ndarray) -> np.ndarray:
@@ -148,6 +154,11 @@ class TracIn(InnerProducts):
             raise UserError(
                 f"score.methods.{method} needs snapshots of θ0's training, which train.pretrained does not have: "
                 "remove the method."
+            )
+        if config.customize:
+            raise UserError(
+                f"score.methods.{method} needs snapshots of a training from the start, which customised models do not "
+                "have: remove the method."
             )
 
     def models(self) -> list[str]:

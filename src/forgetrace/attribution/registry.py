@@ -4,7 +4,7 @@ from forgetrace.artifacts import UserError
 from forgetrace.attribution.baselines import Pixel, PixelL2, Random, Text
 from forgetrace.attribution.contract import Attributor, Features, Together
 from forgetrace.attribution.ensemble import Ensemble
-from forgetrace.attribution.image_features import Clip, Dino, DinoV2, EfficientNet, ImageFeatures
+from forgetrace.attribution.image_features import Clip, Dino, DinoV2, EfficientNet, EncodedImages, ImageFeatures
 from forgetrace.attribution.influence import DataInf, Influence, ReTrac, TracIn
 from forgetrace.attribution.low_loss import LowLoss
 from forgetrace.attribution.output_shift import OutputShift
@@ -58,9 +58,11 @@ def together(layout: Layout) -> list[str]:
 
 
 def all_features(layout: Layout, device: str = "auto") -> dict[str, Features]:
-    """What the methods of the experiment leave to the ``fit`` stage, by name."""
-    methods = [attributor(layout, method, device) for method in layout.config.score.methods]
-    return {features.name: features for method in methods for features in method.features()}
+    """What the methods of the experiment and ``learn`` leave to the ``fit`` stage, by name."""
+    methods, learn = [attributor(layout, method, device) for method in layout.config.score.methods], layout.config.learn
+    found = [features for method in methods for features in method.features()]
+    found += [EncodedImages(layout, learn.encoder, device)] if learn else []  # of what is learned it is the start
+    return {features.name: features for features in found}
 
 
 def inputs(layout: Layout, method: str, query: str) -> list[str]:

@@ -23,6 +23,7 @@ from forgetrace.artifacts import (
 from forgetrace.attribution.asked import asked, manners_of
 from forgetrace.attribution.candidates import Candidates, candidates, discard, exemplar_ids
 from forgetrace.attribution.contract import Attributor
+from forgetrace.attribution.ensemble import Ensemble
 from forgetrace.attribution.registry import attributor
 from forgetrace.attribution.scan import scan
 from forgetrace.attribution.score import SCANNED, score
@@ -43,8 +44,9 @@ def retrieve(layout: Layout, model: str, device: str = "auto") -> None:
     record = read_json(files["record"])
     wanted = asked(layout, model, manners_of(record))
     own = candidates(layout, model, list(wanted))
-    for method, queries in wanted.items():
-        rank_for(own, method, queries, device)
+    # What is put together from other methods' scores comes after them.
+    for method in sorted(wanted, key=lambda method: isinstance(attributor(own, method), Ensemble)):
+        rank_for(own, method, wanted[method], device)
     ids = exemplar_ids(model, len(record["exemplars"]))
     rows = []
     for method, queries in wanted.items():

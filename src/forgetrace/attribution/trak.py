@@ -139,6 +139,11 @@ class JourneyTrak(Trak):
         wanted = self.options.timestep
         if wanted is None:
             wanted = self.layout.config.train.timesteps * 2 // 5
+        if "initial_noise" not in arrays:
+            raise UserError(
+                f"score.methods.{self.method}: the images of a given model were made elsewhere, and nobody knows their "
+                "sampling: remove the method."
+            )
         steps = journey(self.layout, source.unet, arrays["initial_noise"], arrays["prompt"])
         timestep, estimate, _ = min(steps, key=lambda step: abs(step[0] - wanted))
         return self.averaged(source, estimate[0].cpu().numpy(), arrays, np.array([timestep]))

@@ -76,7 +76,12 @@ class UNetFeatures(FeatureSimilarity):
 
     @classmethod
     def check(cls, config: Config, method: str) -> None:
-        """The timestep must be one of the schedule."""
+        """The timestep must be one of the schedule, and the empty caption's token states known."""
+        if config.encode.given and not config.encode.pipeline:
+            raise UserError(
+                f"score.methods.{method} asks θ0 with the empty caption, whose state is not in encode.given: name the "
+                "Stable Diffusion pipeline it was made with in encode.pipeline, or remove the method."
+            )
         timestep = config.score.methods[method].timestep
         if timestep is not None and timestep >= config.train.timesteps:
             raise UserError(

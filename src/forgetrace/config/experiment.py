@@ -63,8 +63,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _step_sizes(self):
+        unknown = self.train.pretrained and "learning_rate" not in self.train.model_fields_set
         for name, variant in self.unlearn.items():
             if variant.step_size is None:
+                if unknown:
+                    raise ValueError(
+                        f"unlearn.{name}.step_size: it is a tenth of the learning rate θ0 was trained with, which "
+                        "nobody knows of train.pretrained; give step_size"
+                    )
                 rate = self.train.learning_rate / 10  # MUCS, section 4
                 self.unlearn[name] = variant.model_copy(update={"step_size": rate})
         return self
@@ -108,8 +114,8 @@ class Config(Section):
         if self.evaluate.others and not (self.unlearn and self.forgotten_queries()):
             raise ValueError("evaluate.others: there is no unlearning variant, or no generated query, to look at")
         self._check_judged(names)
-        if self.retrain.pools > len(self.judged_queries()):
-            raise ValueError(f"retrain.pools: only {len(self.judged_queries())} queries are judged")
+        if self.retrain.pools > len(self.judged_images()):
+            raise ValueError(f"retrain.pools: only {len(self.judged_images())} query images are judged")
         if bool(self.retrain.pools) != bool(self.retrain.pooled_k):
             raise ValueError("retrain.pools and retrain.pooled_k go together")
         if taken := [name for name in names if re.fullmatch(r"(draw|pool)\d+", name)]:
@@ -202,6 +208,10 @@ class Config(Section):
             return []
         asked = self.retrain.queries
         return asked if isinstance(asked, list) else self.queries()[:asked]
+
+    def judged_images(self) -> list[str]:
+        """The whole queries that judged queries are, or are regions of."""
+        return list(dict.fromkeys(map(self.whole, self.judged_queries())))
 
     def origin(self, query: str) -> str:
         """Where a query is from: its caption pool (tuning or report), ``own`` for an image that was given."""

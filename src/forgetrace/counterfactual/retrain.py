@@ -30,7 +30,7 @@ from forgetrace.counterfactual.measure import brief_measures, measure, measure_k
 from forgetrace.counterfactual.sets import training_of
 from forgetrace.diffusion.device import pick_device, processor_name, resolve_precision
 from forgetrace.diffusion.model import build_unet, frozen, load_unet
-from forgetrace.diffusion.training import Training, discard_checkpoints, has_checkpoint, train_as_one, training_key
+from forgetrace.diffusion.training import Training, discard_checkpoints, train_as_one, training_key, unfinished
 from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import Layout
 
@@ -56,9 +56,9 @@ def retrain(layout: Layout, models: Sequence[Model], device: str = "auto") -> No
         missing = [one for one in part if one.missing]
         if not missing:
             continue
-        # A run that was killed when some of them had been asked already left all of them.
-        group = part if has_checkpoint(layout, [one.training for one in part]) else missing
-        groups.append([one.training for one in group])
+        # A run that was killed when some of them had been asked already left all it had trained.
+        groups.append(unfinished(layout, *([one.training for one in of] for of in (part, missing))))
+        group = [one for training in groups[-1] for one in part if one.training is training]
         trained = train_as_one(layout, encoded, groups[-1], device)
         if not PartialState().is_main_process:
             continue

@@ -31,13 +31,19 @@ def read_square(path: str, size: int) -> np.ndarray:
         raise UserError(f"{path} is missing or no image that can be read.") from error
 
 
+def images_folder(layout: Layout) -> str:
+    """The folder that the ``file_name`` of training images is relative to."""
+    settings = layout.config.prepare
+    return str(OWN[settings.dataset].images_in(settings.path)) if settings.dataset in OWN else layout.data
+
+
 class TrainingImages:
     """Reads images of an experiment's dataset by their ``file_name``."""
 
     def __init__(self, layout: Layout):
         settings = layout.config.prepare
         self._own, self._size = settings.dataset in OWN, settings.size
-        self._folder = OWN[settings.dataset].images_in(settings.path) if self._own else layout.data
+        self._folder = images_folder(layout)
         rows = read_metadata(layout.metadata) if self._own else []
         self._sha256 = {row["file_name"]: row.get("sha256") for row in rows}
         self._prepare_again = f"delete {layout.data_manifest} and run again to"

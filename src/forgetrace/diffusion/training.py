@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from forgetrace.artifacts import UserError, atomic, fingerprint, read_json, stage_versions, write_tensors
+from forgetrace.artifacts import UserError, atomic, fingerprint, read_json, stage_versions, write_json, write_tensors
 from forgetrace.config import Train
 from forgetrace.diffusion.captured import Captured
 from forgetrace.diffusion.device import make_deterministic, pick_device, processor_name, resolve_precision
@@ -39,6 +39,7 @@ from forgetrace.progress import progress
 log = logging.getLogger(__name__)
 Weights = dict[str, torch.Tensor]
 HELD_CAPTIONS = 2**30  # bytes of token states
+NAMES = "names.json"  # of models trained as one, beside their checkpoint
 
 
 @dataclass(frozen=True)
@@ -342,6 +343,8 @@ class _Loop:
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
         }
+        if not self.alone:  # who resumes has to find them by some of their names
+            write_json(Path(self.checkpoints, NAMES), [training.name for training in self.trainings])
         # Given an open file, torch reports a full disk as the OSError it is.
         with atomic(self._checkpoint()) as temporary, open(temporary, "wb") as out:
             torch.save(state, out)
@@ -389,9 +392,17 @@ def checkpoints_of(layout: Layout, trainings: Sequence[Training]) -> str:
     return layout.checkpoints(names[0] if len(names) == 1 else f"{STACKED}/{fingerprint(names)[:16]}")
 
 
-def has_checkpoint(layout: Layout, trainings: Sequence[Training]) -> bool:
-    """Whether a killed run of these very trainings has left something to resume from."""
-    return (Path(checkpoints_of(layout, trainings)) / "last.pt").exists()
+def unfinished(layout: Layout, trainings: Sequence[Training], missing: Sequence[Training]) -> list[Training]:
+    """Those of the trainings that a killed run trained as one, all missing ones among them; these where there was none.
+
+    Some may have said already what was asked of them.
+    """
+    by_name, needed = {training.name: training for training in trainings}, {training.name for training in missing}
+    for path in sorted(Path(layout.checkpoints(STACKED)).glob(f"*/{NAMES}")):
+        names = read_json(path)
+        if needed <= set(names) <= by_name.keys() and (path.parent / "last.pt").exists():
+            return [by_name[name] for name in names]
+    return list(missing)
 
 
 def discard_checkpoints(layout: Layout, *trainings: Training) -> None:

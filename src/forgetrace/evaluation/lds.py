@@ -45,6 +45,7 @@ LDS = [
     "queries", "method", "n_queries", "halves", "seeds",
     "mean", "se", "ci_low", "ci_high", "p_vs_random", "p_vs_random_holm",
 ]  # fmt: skip
+METRIC = "lds"  # its name in comparisons.csv
 ORIGINS = ("report", "tuning", "own")
 
 # By method and query: its score, then that of every bootstrap sample of the halves, shape (1 + resamples,).
@@ -160,8 +161,9 @@ def per_query(layout: Layout, found: Correlations) -> pd.DataFrame:
 def summary(layout: Layout, found: Correlations, shape: tuple[int, int]) -> pd.DataFrame:
     """Mean over the queries of each pool (``queries``) with standard error, 95% interval and p against random.
 
-    n counts queries; standard error and interval are over queries and halves. p is of the two-sided sign-flip test
-    over queries and takes the halves as given; with Holm's correction for the number of methods beside it.
+    n counts queries, an image with its regions as one; standard error and interval are over queries and halves. p is
+    of the two-sided sign-flip test over queries and takes the halves as given; with Holm's correction for the number of
+    methods beside it.
 
     Args:
         layout: the experiment.
@@ -174,9 +176,10 @@ def summary(layout: Layout, found: Correlations, shape: tuple[int, int]) -> pd.D
         for method, values in pool.items():
             if not values:
                 continue
-            points, (error, *ends) = _points(values), _spread(values)
+            images = _by_image(layout, values)
+            points, (error, *ends) = _points(images), _spread(images)
             low, high = np.clip(ends, -1, 1)
-            p = _p_against(pool.get(RANDOM, {}), values, method, layout.config.seed)
+            p = _p_against(layout, pool.get(RANDOM, {}), values, method)
             rows.append((origin, method, len(points), *shape, points.mean(), error, low, high, p))
             if method == SEED_SET:
                 mean, low, high = (ceiling(value, shape[1]) for value in (points.mean(), low, high))
@@ -203,13 +206,21 @@ def comparisons(layout: Layout, found: Correlations) -> list[tuple]:
     for a, b in combinations(methods, 2):
         both = [query for query in reported if query in found[a] and query in found[b]]
         if both:
-            difference = {query: found[a][query] - found[b][query] for query in both}
+            difference = _by_image(layout, {query: found[a][query] - found[b][query] for query in both})
             pairs.append(Pair(a, b, _points(difference), _spread(difference)[1:]))
-    return family(0, "lds", pairs, layout.config.seed)
+    return family(0, METRIC, pairs, layout.config.seed)
 
 
 def _of(layout: Layout, values: dict[str, np.ndarray], origin: str) -> dict[str, np.ndarray]:
     return {query: value for query, value in values.items() if layout.config.origin(query) == origin}
+
+
+def _by_image(layout: Layout, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The mean over an image and its regions, which are no independent queries, in their place."""
+    images: dict[str, list[np.ndarray]] = {}
+    for query, value in values.items():
+        images.setdefault(layout.config.whole(query), []).append(value)
+    return {image: np.mean(own, axis=0) for image, own in images.items()}
 
 
 def _points(values: dict[str, np.ndarray]) -> np.ndarray:
@@ -222,8 +233,9 @@ def _spread(values: dict[str, np.ndarray]) -> tuple[float, float, float]:
     return crossed_interval(_points(values), np.stack([value[1:] for value in values.values()], axis=1))
 
 
-def _p_against(random: dict[str, np.ndarray], values: dict[str, np.ndarray], method: str, seed: int) -> float:
+def _p_against(layout: Layout, random: dict[str, np.ndarray], values: dict[str, np.ndarray], method: str) -> float:
     both = [query for query in values if query in random]
     if method in (RANDOM, SEED_SET) or not both:
         return float("nan")
-    return sign_flip_test(np.array([values[query][0] - random[query][0] for query in both]), seed)
+    difference = _by_image(layout, {query: values[query] - random[query] for query in both})
+    return sign_flip_test(_points(difference), layout.config.seed)

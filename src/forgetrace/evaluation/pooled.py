@@ -6,7 +6,8 @@ little: the difference of the two counts, query by query. Cheap, and a harder qu
 of one query: never to be mixed with ``counterfactual.csv``.
 
 Every judged query is the target of one pool's model and a control of all others, over which it is averaged. The
-queries of a pool share its model; intervals and tests, which are over queries, take them as independent.
+queries of a pool share its model; intervals and tests, which are over queries, take them as independent. Regions of
+one image are not: their mean, with the whole image's where it is judged too, counts as one query.
 """
 
 import numpy as np
@@ -68,17 +69,24 @@ def pooled(layout: Layout, partial: bool = False) -> pd.DataFrame:
 
 
 def _values(layout: Layout, models: list[Model], queries: list[str], metric: str) -> pd.DataFrame:
-    """What a method's models say of the queries that have this metric: columns target, control."""
+    """What a method's models say of the images of queries that have this metric: columns target, control."""
     key, rows = METRICS[metric], {}
     said = {member: read_brief(layout, (method, k, member)) for method, k, member in models}
     for query in queries:
         if key in said[models[0][2]][query]:
-            base = read_measure(layout, THETA0, query).loss if metric == "delta_loss" else 0.0
+            base = _base_loss(layout, query) if metric == "delta_loss" else 0.0
             of = {member: measured[query][key] - base for member, measured in said.items()}
             target = next(value for member, value in of.items() if query in layout.pool(member))
             others = [value for member, value in of.items() if query not in layout.pool(member)]
             rows[query] = (target, np.mean(others) if others else np.nan)
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["target", "control"])
+    values = pd.DataFrame.from_dict(rows, orient="index", columns=["target", "control"])
+    return values.groupby(layout.config.whole, sort=False).mean()
+
+
+def _base_loss(layout: Layout, query: str) -> float:
+    """θ0's loss on what pools are asked of a query: of a region, inside of it."""
+    said = read_measure(layout, THETA0, query)
+    return said.regions.get("inside", said.loss)
 
 
 def _summary(values: pd.DataFrame, layout: Layout) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ from forgetrace.evaluation import lds, regions, reliability, retrieval
 from forgetrace.evaluation.agreement import agreement
 from forgetrace.evaluation.comparisons import COMPARISONS, Pair, family
 from forgetrace.evaluation.cost import cost
+from forgetrace.evaluation.earlier import with_earlier
 from forgetrace.evaluation.measures import THETA0, QueryMeasures, asked_queries, read_query
 from forgetrace.evaluation.metrics import METRICS, REGION_METRICS, Encoder, image_metrics, region_metrics
 from forgetrace.evaluation.pooled import pooled
@@ -44,8 +45,9 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
     Args:
         layout: the experiment.
         encode: image encoder of the ``similarity`` column; by default the one the config names.
-        partial: make do with what has been measured so far; the tables' counts of queries, halves and seeds say
-            how much that is.
+        partial: make do with what has been measured so far, by whatever settings that was; the tables' counts of
+            queries, halves and seeds say how much that is. Of methods whose scores are not here, rows that hang on
+            them stay as they were.
 
     Raises:
         UserError: a measure is missing or damaged, or the encoder's packages are not installed.
@@ -79,6 +81,7 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
         tables |= retrieval.tables(layout, partial)
     if layout.config.learn and (not partial or Path(layout.learned["probabilities"]).exists()):
         tables |= reliability.tables(layout)
+    tables = with_earlier(layout, tables) if partial else tables
     for name, table in tables.items():
         write_table(layout.table(name), table)
     write_json(layout.metrics, means(tables))

@@ -40,7 +40,7 @@ def unlearning(layout: Layout, encode: Encoder, partial: bool = False) -> pd.Dat
             if not partial:
                 raise
             continue
-        rows += [(variant, metric, *_summary(layout, *pair)) for metric, pair in values.items()]
+        rows += [(variant, metric, *_summary(layout, *_by_image(layout, *pair))) for metric, pair in values.items()]
     table = pd.DataFrame(rows, columns=UNLEARNING[:-1])
     return table.assign(p_holm=table.groupby("metric")["p"].transform(holm))
 
@@ -68,9 +68,15 @@ def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
 
 
+def _by_image(layout: Layout, of_query: np.ndarray, of_others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over an image and its regions, which are no independent queries, in their place."""
+    images = pd.Series(map(layout.config.whole, layout.config.forgotten_queries()))
+    return tuple(pd.DataFrame(of).groupby(images, sort=False).mean().to_numpy() for of in (of_query, of_others))
+
+
 def _summary(layout: Layout, of_query: np.ndarray, of_others: np.ndarray) -> tuple[float, ...]:
     """Columns n_queries to p of one row."""
-    beside = of_others.mean(axis=1)
+    of_query, beside = of_query.mean(axis=1), of_others.mean(axis=1)
     difference, settings = of_query - beside, layout.config
     low, high = interval(
         bootstrap_means([difference[:, None]], settings.evaluate.bootstrap, settings.seed)[0], len(difference)
