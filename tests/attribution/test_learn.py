@@ -45,7 +45,7 @@ def test_test_models_are_ranked_as_by_any_method_and_models_to_learn_from_are_no
 
 
 def test_its_encoders_features_are_made_though_no_method_compares_them(layout):
-    assert set(all_features(layout)) == {"image-efficientnet-lite0"}
+    assert set(all_features(layout)) == {EncodedImages(layout, "efficientnet-lite0").name}
     assert not all_features(candidates(layout, names(layout.config.customize, 5)["test"][0], ["random"]))
 
 

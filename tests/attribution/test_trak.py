@@ -247,8 +247,8 @@ def test_a_journey_needs_queries_that_were_sampled(tiny):
 
 
 def test_a_journey_of_a_given_model_s_images_is_one_sentence(trak):
-    method = attributor(trak, "journey-trak", "cpu")
-    with pytest.raises(UserError, match=r"score.methods.journey-trak: the images of a given model were made elsewhere"):
+    method = attributor(trak, "journey", "cpu")
+    with pytest.raises(UserError, match=r"score.methods.journey: the images of a given model were made elsewhere"):
         method.of_query(None, {"latent": np.zeros(1), "prompt": np.zeros(1)})
 
 

@@ -246,7 +246,9 @@ def test_scores_that_are_missing_when_asked(evaluated):
 
 
 def test_in_a_clone_without_scores_the_tables_stay_and_one_more_method_is_laid_beside(evaluated):
-    names = ("lds_per_query", "lds", "agreement", "comparisons")
+    names = ("lds_per_query", "lds", "agreement", "comparisons", "cost")
+    measured = read_table(evaluated.table("cost")).assign(query_seconds=[1.5, 2.5, 3.5])  # on another machine
+    write_table(evaluated.table("cost"), measured)
     before = {name: read_table(evaluated.table(name)) for name in names}
     shutil.rmtree(Path(evaluated.root, "score"))
     tables.evaluate(evaluated, flat_encoder, partial=True)
@@ -274,6 +276,9 @@ def test_in_a_clone_without_scores_the_tables_stay_and_one_more_method_is_laid_b
         ("mine", "random"), ("unlearn", "pixel-l2"), ("unlearn", "random"), ("pixel-l2", "random"),
     ]  # fmt: skip
     assert family["p_holm"].tolist() == pytest.approx([1.0] * 4)  # four tests of p = .25
+    costs = read_table(layout.table("cost"))
+    assert costs["method"].tolist() == ["mine", "unlearn", "pixel-l2", "random"]
+    assert costs["query_seconds"].tolist()[1:3] == [1.5, 2.5]
 
 
 def test_before_any_half_is_trained(evaluated):

@@ -21,6 +21,7 @@ OF_SCORES = {
     "lds": (["method"], ["queries", "method"]),
     "agreement": (PAIR, ["k", *PAIR]),
     "comparisons": (PAIR, PAIR),
+    "cost": (["method"], ["method"]),
 }
 
 
@@ -54,6 +55,8 @@ def _merged(layout: Layout, name: str, table: pd.DataFrame, missing: list[str]) 
     earlier = earlier[known & earlier[columns].isin(missing).any(axis=1)]
     if earlier.empty:
         return pd.concat([others, table]) if len(others) else table
+    # A table that has a row for every method has an empty one for what is not here.
+    table = table[~table[columns].isin(missing).any(axis=1) | ~table[columns[0]].isin(earlier[columns[0]])]
     rows = pd.concat([part for part in (table, earlier) if len(part)])
     places = {column: {value: place for place, value in enumerate(values)} for column, values in order.items()}
     rows = rows.sort_values(
