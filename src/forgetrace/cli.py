@@ -116,7 +116,7 @@ def fit(
     known = all_features(layout, device)
     if features is not None and features not in known:
         raise UserError(
-            f"--features {features}: no method of {config} needs them (it has {', '.join(known) or 'none'})."
+            f"--features {features}: nothing in {config} needs them (there are {', '.join(known) or 'none'})."
         )
     _use(threads)
     if features is not None:

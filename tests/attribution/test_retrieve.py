@@ -211,11 +211,14 @@ def test_an_ensemble_is_of_its_members_new_scores_wherever_it_stands(layout, mon
 
 
 def test_exemplars_are_found_beside_images_of_ones_own(layout):
-    prepare = layout.config.prepare.model_copy(update={"dataset": "folder", "path": str(Path("some/where").absolute())})
-    own = replace(layout, config=layout.config.model_copy(update={"prepare": prepare}))
-    (file,) = exemplar_files(own, style(layout), 1)
-    found = Path(images_folder(own), file)
-    assert os.path.normpath(found) == str(Path(layout.customized_image(style(layout), "exemplar-00")).absolute())
+    Path("far/away/photos").mkdir(parents=True)
+    Path("photos").symlink_to(Path("far/away/photos").absolute())
+    for path in ("photos", str(Path("far/away/photos").absolute())):
+        prepare = layout.config.prepare.model_copy(update={"dataset": "folder", "path": path})
+        own = replace(layout, config=layout.config.model_copy(update={"prepare": prepare}))
+        (file,) = exemplar_files(own, style(layout), 1)
+        found = Path(images_folder(own), file)
+        assert found.samefile(layout.customized_image(style(layout), "exemplar-00"))
 
 
 @pytest.mark.parametrize("changed", ["code", "Fisher information"])

@@ -237,6 +237,8 @@ def test_a_part_of_the_halves_when_asked(evaluated):
 def test_scores_that_are_missing_when_asked(evaluated):
     Path(evaluated.score("unlearn", "report-01")).unlink()
     Path(evaluated.score("random", "report-02")).unlink()
+    for name in evaluated.tables():  # rows of more queries would stay
+        Path(evaluated.table(name)).unlink()
     tables.evaluate(evaluated, flat_encoder, partial=True)
     row = row_of(read_table(evaluated.table("lds")), queries="report", method="unlearn")
     assert row["n_queries"] == 2
@@ -256,10 +258,18 @@ def test_in_a_clone_without_scores_the_tables_stay_and_one_more_method_is_laid_b
         pd.testing.assert_frame_equal(read_table(evaluated.table(name)), before[name], rtol=1e-4)
     assert read_json(evaluated.metrics)["lds"]["unlearn"] == {"report": 1, "tuning": 1}
 
+    # One score, looked at: the rows of all queries stay.
+    ids = read_table(evaluated.index)["image_id"].tolist()
+    some = evaluated.score("unlearn", "report-00")
+    write_table(some, rank(ids, synthetic.scores(evaluated, "unlearn", "report-00")))
+    tables.evaluate(evaluated, flat_encoder, partial=True)
+    for name in names:
+        pd.testing.assert_frame_equal(read_table(evaluated.table(name)), before[name], rtol=1e-4)
+    Path(some).unlink()
+
     methods = {"mine": Method(attributor="pixel")} | evaluated.config.score.methods
     score = evaluated.config.score.model_copy(update={"methods": methods})
     layout = replace(evaluated, config=evaluated.config.model_copy(update={"score": score}))
-    ids = read_table(layout.index)["image_id"].tolist()
     for query in layout.config.queries():
         for method in ("mine", "random"):
             scores = synthetic.scores(layout, "unlearn" if method == "mine" else method, query)

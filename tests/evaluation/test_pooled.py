@@ -1,7 +1,9 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from forgetrace.artifacts import UserError, read_json, read_table, write_json
@@ -140,6 +142,18 @@ def test_methods_whose_pools_are_not_all_trained_when_asked(layout):
     write_json(layout.losses("pixel-l2", 3, "pool0"), record)
     tables.evaluate(layout, flat_encoder, partial=True)
     assert set(read_table(layout.table("pooled"))["method"]) == {"unlearn"}
+
+
+def test_in_a_clone_without_scores_a_pool_s_sizes_are_those_of_before(layout):
+    before = evaluated(layout)
+    shutil.rmtree(Path(layout.root, "score"))
+    tables.evaluate(layout, flat_encoder, partial=True)
+    pd.testing.assert_frame_equal(read_table(layout.table("pooled")), before, rtol=1e-4)
+    Path(layout.table("pooled")).unlink()
+    tables.evaluate(layout, flat_encoder, partial=True)
+    table = read_table(layout.table("pooled"))
+    assert table[["union", "control_share"]].isna().all(axis=None)
+    np.testing.assert_allclose(table["target"], before["target"])
 
 
 def test_before_any_pool_is_trained_the_table_is_empty(layout):

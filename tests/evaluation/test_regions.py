@@ -1,8 +1,13 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from forgetrace.artifacts import write_table
 from forgetrace.datasets.digit_pairs import facts
+from forgetrace.evaluation.earlier import with_earlier
 from forgetrace.evaluation.measures import THETA0, Measure, QueryMeasures
 from forgetrace.evaluation.metrics import region_metrics
 from forgetrace.evaluation.regions import PRECISION, by_image, precision, summary
@@ -107,3 +112,26 @@ def test_regions_of_one_image_count_as_one_query():
     table = counterfactual(found, 100, 0).set_index(["metric", "method"])
     assert table.loc[("delta_loss_inside", "text"), ["n_queries", "mean", "p_vs_random"]].tolist() == [2, 5.5, 0.5]
     assert comparisons(found, 100, 0)["mean_difference"].tolist() == [4.5]
+
+
+def test_without_scores_the_precision_of_before_stays(results):
+    assert with_earlier(results, {"regions": pd.DataFrame(columns=PRECISION)})["regions"].empty
+    rows = [
+        (f"report-0{i}", region, method, 2, shared, 0.5, 0.25, 0.5, 0.1, 0.1)
+        for i in range(2)
+        for method in ("unlearn", "pixel-l2", "random")
+        for region in ("left", "right")
+        for shared in ("digit", "ink", "both")
+    ]
+    before = pd.DataFrame(rows, columns=PRECISION)
+    write_table(results.table("regions"), before)
+    shutil.rmtree(Path(results.root, "score"))
+    kept = with_earlier(results, {"regions": pd.DataFrame(columns=PRECISION)})["regions"]
+    pd.testing.assert_frame_equal(kept, before)
+    # Of a method that has scored here what is there counts, of the others what was there.
+    own = before[before["method"] == "unlearn"].assign(own=1.0)
+    merged = with_earlier(results, {"regions": own})["regions"]
+    assert merged[PRECISION[:5]].equals(before[PRECISION[:5]])
+    assert set(merged[merged["method"] == "unlearn"]["own"]) == {1.0}
+    assert set(merged[merged["method"] != "unlearn"]["own"]) == {0.5}
+    assert list(summary(merged.iloc[:0], 10, 0).columns)[:2] == ["method", "k"]

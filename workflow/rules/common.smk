@@ -216,7 +216,8 @@ def ranking_inputs():
         for name, method in layout.config.score.methods.items()
         if (method.attributor or name) == "influence"
     ]
-    images = [layout.features(name) for name in FEATURES if name.startswith("image-")]
+    features = registry.methods_features(layout)
+    images = [layout.features(name) for name in features if name.startswith("image-")]
     return sorted({path for fit in fits for path in layout.fitted(fit)}) + images
 
 

@@ -91,6 +91,7 @@ rule learn:
         ENCODED,
         [path for model in MODELS for path in layout.customized(model).values()],
         ranking_inputs(),
+        [layout.features(name) for name in FEATURES if name.startswith("image-")],
     output:
         list(layout.learned.values()),
     log:

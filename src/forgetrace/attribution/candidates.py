@@ -180,7 +180,9 @@ def exemplar_ids(model: str, count: int) -> list[str]:
 def exemplar_files(layout: Layout, model: str, count: int) -> list[str]:
     """Their files, relative to the base set's folder as those of all images are."""
     images = [layout.customized_image(model, f"exemplar-{i:02d}") for i in range(count)]
-    return [Path(os.path.relpath(image, images_folder(layout))).as_posix() for image in images]
+    # Of links what they lead to: from a folder behind one, '..' leads elsewhere.
+    folder = os.path.realpath(images_folder(layout))
+    return [Path(os.path.relpath(os.path.realpath(image), folder)).as_posix() for image in images]
 
 
 def _config(layout: Layout, record: dict, methods: list[str]) -> Config:

@@ -57,12 +57,17 @@ def together(layout: Layout) -> list[str]:
     return [method for method in layout.config.score.methods if isinstance(attributor(layout, method), Together)]
 
 
+def methods_features(layout: Layout, device: str = "auto") -> dict[str, Features]:
+    """What the methods of the experiment leave to the ``fit`` stage, by name."""
+    methods = [attributor(layout, method, device) for method in layout.config.score.methods]
+    return {features.name: features for method in methods for features in method.features()}
+
+
 def all_features(layout: Layout, device: str = "auto") -> dict[str, Features]:
-    """What the methods of the experiment and ``learn`` leave to the ``fit`` stage, by name."""
-    methods, learn = [attributor(layout, method, device) for method in layout.config.score.methods], layout.config.learn
-    found = [features for method in methods for features in method.features()]
-    found += [EncodedImages(layout, learn.encoder, device)] if learn else []  # of what is learned it is the start
-    return {features.name: features for features in found}
+    """As :func:`methods_features`, with what ``learn`` starts from."""
+    learn = layout.config.learn
+    start = EncodedImages(layout, learn.encoder, device) if learn else None
+    return methods_features(layout, device) | ({start.name: start} if start else {})
 
 
 def inputs(layout: Layout, method: str, query: str) -> list[str]:

@@ -399,7 +399,10 @@ def unfinished(layout: Layout, trainings: Sequence[Training], missing: Sequence[
     """
     by_name, needed = {training.name: training for training in trainings}, {training.name for training in missing}
     for path in sorted(Path(layout.checkpoints(STACKED)).glob(f"*/{NAMES}")):
-        names = read_json(path)
+        try:
+            names = read_json(path)
+        except UserError:  # damaged, or of a job that has just ended
+            continue
         if needed <= set(names) <= by_name.keys() and (path.parent / "last.pt").exists():
             return [by_name[name] for name in names]
     return list(missing)

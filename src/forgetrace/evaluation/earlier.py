@@ -15,28 +15,30 @@ from forgetrace.evaluation.statistics import holm
 from forgetrace.layout import Layout
 
 PAIR = ["method_a", "method_b"]
-# Tables that are taken from scores: the columns that name methods, and by which rows are sorted.
+# Tables that are taken from scores: the columns that name methods, by which rows are sorted, and what else tells them
+# apart.
 OF_SCORES = {
-    "lds_per_query": (["method"], ["query", "method"]),
-    "lds": (["method"], ["queries", "method"]),
-    "agreement": (PAIR, ["k", *PAIR]),
-    "comparisons": (PAIR, PAIR),
-    "cost": (["method"], ["method"]),
+    "lds_per_query": (["method"], ["query", "method"], []),
+    "lds": (["method"], ["queries", "method"], []),
+    "agreement": (PAIR, ["k", *PAIR], []),
+    "comparisons": (PAIR, PAIR, []),
+    "cost": (["method"], ["method"], []),
+    "regions": (["method"], ["query", "method"], ["region", "k", "shared"]),
 }
 
 
 def with_earlier(layout: Layout, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """The tables with the earlier rows, where there are any, about methods of the config that have no scores here.
+    """The tables with the earlier rows, where there are any, about methods of the config that lack scores here.
 
-    Corrections for the number of methods are made anew. A pair of a method that is new with one whose scores are
-    missing is in neither and stays out.
+    Of a row that is there twice, the one of more queries counts. Corrections for the number of methods are made anew.
+    A pair of a method that is new with one whose scores are missing is in neither and stays out.
 
     Args:
         layout: the experiment.
         tables: those just made, by name.
     """
     queries = layout.config.queries()
-    missing = [m for m in layout.config.score.methods if not any(Path(layout.score(m, q)).exists() for q in queries)]
+    missing = [m for m in layout.config.score.methods if not all(Path(layout.score(m, q)).exists() for q in queries)]
     for name in OF_SCORES.keys() & tables.keys():
         if missing and Path(layout.table(name)).exists():
             tables = tables | {name: _merged(layout, name, tables[name], missing)}
@@ -44,24 +46,29 @@ def with_earlier(layout: Layout, tables: dict[str, pd.DataFrame]) -> dict[str, p
 
 
 def _merged(layout: Layout, name: str, table: pd.DataFrame, missing: list[str]) -> pd.DataFrame:
-    others, earlier = table.iloc[:0], read_table(layout.table(name))
+    config, others, earlier = layout.config, table.iloc[:0], read_table(layout.table(name))
     if name == "comparisons":  # those of leave-K-out need no scores
         others, table = table[table["metric"] != METRIC], table[table["metric"] == METRIC]
         earlier = earlier[earlier["metric"] == METRIC]
-    columns, by = OF_SCORES[name]
-    methods = [*sorted(layout.config.score.methods, key=lambda method: method == RANDOM), SEED_SET, CEILING]
-    order = {"query": layout.config.queries(), "queries": ORIGINS} | dict.fromkeys(columns, methods)
-    known = earlier[columns].isin(methods).all(axis=1)
+    columns, by, more = OF_SCORES[name]
+    origins = {config.origin(query) for query in config.queries()}
+    methods = [*sorted(config.score.methods, key=lambda method: method == RANDOM), SEED_SET, CEILING]
+    order = {"query": config.queries(), "queries": [origin for origin in ORIGINS if origin in origins]}
+    order |= {"k": [0, *sorted({*config.retrain.k, *config.evaluate.precision_k})]} | dict.fromkeys(columns, methods)
+    known = pd.Series(True, index=earlier.index)
+    for column in by:
+        known &= earlier[column].isin(order[column])
     earlier = earlier[known & earlier[columns].isin(missing).any(axis=1)]
     if earlier.empty:
         return pd.concat([others, table]) if len(others) else table
-    # A table that has a row for every method has an empty one for what is not here.
-    table = table[~table[columns].isin(missing).any(axis=1) | ~table[columns[0]].isin(earlier[columns[0]])]
-    rows = pd.concat([part for part in (table, earlier) if len(part)])
+    # The table of costs has a row of every method, empty where nothing was measured here.
+    parts = (earlier, table) if name == "cost" else (table, earlier)
+    rows = pd.concat([part for part in parts if len(part)])
+    if "n_queries" in rows:
+        rows = rows.sort_values("n_queries", ascending=False, kind="stable")
     places = {column: {value: place for place, value in enumerate(values)} for column, values in order.items()}
-    rows = rows.sort_values(
-        by, kind="stable", key=lambda column: column.map(places[column.name]) if column.name in places else column
-    )
+    rows = rows.drop_duplicates([*by, *more])
+    rows = rows.sort_values(by, kind="stable", key=lambda column: column.map(places[column.name]))
     if name == "lds":
         rows["p_vs_random_holm"] = rows.groupby("queries")["p_vs_random"].transform(holm)
     if name == "comparisons":

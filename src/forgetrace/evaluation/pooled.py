@@ -10,6 +10,8 @@ queries of a pool share its model; intervals and tests, which are over queries, 
 one image are not: their mean, with the whole image's where it is judged too, counts as one query.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -50,7 +52,7 @@ def pooled(layout: Layout, partial: bool = False) -> pd.DataFrame:
         }
         if partial:
             models = {m: own for m, own in models.items() if all(asks_all(layout, model) for model in own)}
-        sizes = {method: _sizes(layout, method, k) for method in models}
+        sizes = {method: _sizes(layout, method, k, partial) for method in models}
         for metric in METRICS:
             samples = {method: _values(layout, own, queries, metric) for method, own in models.items()}
             for method, values in samples.items():
@@ -72,12 +74,13 @@ def _values(layout: Layout, models: list[Model], queries: list[str], metric: str
     """What a method's models say of the images of queries that have this metric: columns target, control."""
     key, rows = METRICS[metric], {}
     said = {member: read_brief(layout, (method, k, member)) for method, k, member in models}
+    dealt = {member: layout.pool(member) for member in said}
     for query in queries:
         if key in said[models[0][2]][query]:
             base = _base_loss(layout, query) if metric == "delta_loss" else 0.0
             of = {member: measured[query][key] - base for member, measured in said.items()}
-            target = next(value for member, value in of.items() if query in layout.pool(member))
-            others = [value for member, value in of.items() if query not in layout.pool(member)]
+            target = next(value for member, value in of.items() if query in dealt[member])
+            others = [value for member, value in of.items() if query not in dealt[member]]
             rows[query] = (target, np.mean(others) if others else np.nan)
     values = pd.DataFrame.from_dict(rows, orient="index", columns=["target", "control"])
     return values.groupby(layout.config.whole, sort=False).mean()
@@ -110,10 +113,18 @@ def _against(values: pd.DataFrame, other: pd.DataFrame | None, layout: Layout) -
     return more.mean(), sign_flip_test(more.to_numpy(), layout.config.seed)
 
 
-def _sizes(layout: Layout, method: str, k: int) -> tuple[float, float]:
-    """Mean size of a pool's union, and mean share of the controls' own top k in it."""
+def _sizes(layout: Layout, method: str, k: int, partial: bool) -> tuple[float, float]:
+    """Mean size of a pool's union, and mean share of the controls' own top k in it.
+
+    With ``partial``, as an earlier table says where scores are missing.
+    """
+    judged = layout.config.judged_queries()
+    if partial and not all(Path(layout.score(method, query)).exists() for query in judged):
+        earlier = read_table(layout.table("pooled")) if Path(layout.table("pooled")).exists() else None
+        said = () if earlier is None else earlier[(earlier["method"] == method) & (earlier["k"] == k)].itertuples()
+        return next(((row.union, row.control_share) for row in said), (np.nan, np.nan))
     image_ids = read_table(layout.index)["image_id"].tolist()
-    tops = {query: top(layout, image_ids, method, k, query) for query in layout.config.judged_queries()}
+    tops = {query: top(layout, image_ids, method, k, query) for query in judged}
     unions, shares = [], []
     for i in range(layout.config.retrain.pools):
         targets = layout.pool(f"pool{i}")

@@ -93,7 +93,7 @@ def summary(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
             difference = (queries[a] - queries[b]).to_numpy()
             row |= _mean(name, difference, resamples, seed) | {f"{name}_p": sign_flip_test(difference, seed)}
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["method", "k", "shared", "n_queries", "n_regions"])
 
 
 def by_image(config: Config, values: pd.DataFrame) -> pd.DataFrame:

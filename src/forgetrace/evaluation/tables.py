@@ -70,6 +70,7 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
         tables["pooled"] = pooled(layout, partial)
     if layout.config.evaluate.precision_k:
         found = regions.read_precision(layout, partial)
+        found = with_earlier(layout, {"regions": found})["regions"] if partial else found
         tables |= {"regions": found, "regions_summary": regions.summary(found, resamples, seed)}
     if layout.config.evaluate.others:
         tables["unlearning"] = unlearning(layout, encode or load_encoder(layout.config.evaluate.encoder), partial)
