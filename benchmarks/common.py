@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from forgetrace.artifacts import UserError, read_json, read_table
-from forgetrace.attribution.ranking import read_ranking
+from forgetrace.attribution.ranking import has_ranked, read_ranking
 from forgetrace.datasets.digits import BACKGROUNDS, DIGITS, INKS, SLANTS, WEIGHTS
 from forgetrace.datasets.prepare import read_metadata
 from forgetrace.layout import Layout, load_layout
@@ -40,7 +40,7 @@ def in_common(layout: Layout, k: int) -> pd.DataFrame:
     said = {row["id"]: described(row["text"]) for row in read_metadata(layout.metadata)}
     queries, rows = layout.config.reported_queries(), {}
     for method in layout.config.score.methods:
-        if not all(Path(layout.score(method, query)).exists() for query in queries):
+        if not has_ranked(layout, method, queries):
             continue
         tops, shares = [], []
         for query in queries:

@@ -1,5 +1,8 @@
 """From scores to a ranking, with ties broken by image id so that every machine ranks alike."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -29,6 +32,11 @@ def rank(image_ids: list[str], scores: np.ndarray) -> pd.DataFrame:
     table = table.sort_values(["score", "image_id"], ascending=[False, True], ignore_index=True)
     table["rank"] = np.arange(1, len(table) + 1)
     return table
+
+
+def has_ranked(layout: Layout, method: str, queries: Iterable[str]) -> bool:
+    """Whether a method's score tables of all these queries are there."""
+    return all(Path(layout.score(method, query)).exists() for query in queries)
 
 
 def read_ranking(layout: Layout, method: str, query: str, image_ids: list[str]) -> pd.DataFrame:

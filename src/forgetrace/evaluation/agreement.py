@@ -1,14 +1,13 @@
 """Whether two methods say the same: rank correlation of their scores, share of their top images in common."""
 
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
 from forgetrace.artifacts import read_table
-from forgetrace.attribution.ranking import read_ranking
+from forgetrace.attribution.ranking import has_ranked, read_ranking
 from forgetrace.evaluation.statistics import standard_error
 from forgetrace.layout import Layout
 
@@ -32,7 +31,7 @@ def agreement(layout: Layout, partial: bool = False) -> pd.DataFrame:
     image_ids, found = read_table(layout.index)["image_id"].tolist(), []
     methods, queries = list(layout.config.score.methods), layout.config.reported_queries()
     if partial:
-        methods = [method for method in methods if all(Path(layout.score(method, query)).exists() for query in queries)]
+        methods = [method for method in methods if has_ranked(layout, method, queries)]
     for query in queries if methods else []:
         rankings = [read_ranking(layout, method, query, image_ids) for method in methods]
         found.append(_of_query(rankings, layout.config.retrain.k))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from forgetrace.artifacts import read_table
+from forgetrace.attribution.ranking import has_ranked
 from forgetrace.config import CEILING, RANDOM, SEED_SET
 from forgetrace.evaluation.lds import METRIC, ORIGINS
 from forgetrace.evaluation.statistics import holm
@@ -38,7 +39,7 @@ def with_earlier(layout: Layout, tables: dict[str, pd.DataFrame]) -> dict[str, p
         tables: those just made, by name.
     """
     queries = layout.config.queries()
-    missing = [m for m in layout.config.score.methods if not all(Path(layout.score(m, q)).exists() for q in queries)]
+    missing = [method for method in layout.config.score.methods if not has_ranked(layout, method, queries)]
     for name in OF_SCORES.keys() & tables.keys():
         if missing and Path(layout.table(name)).exists():
             tables = tables | {name: _merged(layout, name, tables[name], missing)}
@@ -55,9 +56,7 @@ def _merged(layout: Layout, name: str, table: pd.DataFrame, missing: list[str]) 
     methods = [*sorted(config.score.methods, key=lambda method: method == RANDOM), SEED_SET, CEILING]
     order = {"query": config.queries(), "queries": [origin for origin in ORIGINS if origin in origins]}
     order |= {"k": [0, *sorted({*config.retrain.k, *config.evaluate.precision_k})]} | dict.fromkeys(columns, methods)
-    known = pd.Series(True, index=earlier.index)
-    for column in by:
-        known &= earlier[column].isin(order[column])
+    known = earlier[by].isin(order).all(axis=1)
     earlier = earlier[known & earlier[columns].isin(missing).any(axis=1)]
     if earlier.empty:
         return pd.concat([others, table]) if len(others) else table

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from forgetrace.artifacts import read_table
+from forgetrace.attribution.ranking import has_ranked
 from forgetrace.config import RANDOM
 from forgetrace.counterfactual.sets import top
 from forgetrace.evaluation.measures import THETA0, Model, asked_queries, asks_all, read_brief, read_measure
@@ -119,7 +120,7 @@ def _sizes(layout: Layout, method: str, k: int, partial: bool) -> tuple[float, f
     With ``partial``, as an earlier table says where scores are missing.
     """
     judged = layout.config.judged_queries()
-    if partial and not all(Path(layout.score(method, query)).exists() for query in judged):
+    if partial and not has_ranked(layout, method, judged):
         earlier = read_table(layout.table("pooled")) if Path(layout.table("pooled")).exists() else None
         said = () if earlier is None else earlier[(earlier["method"] == method) & (earlier["k"] == k)].itertuples()
         return next(((row.union, row.control_share) for row in said), (np.nan, np.nan))

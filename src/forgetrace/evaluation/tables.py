@@ -69,9 +69,7 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
     if retrain.pools:
         tables["pooled"] = pooled(layout, partial)
     if layout.config.evaluate.precision_k:
-        found = regions.read_precision(layout, partial)
-        found = with_earlier(layout, {"regions": found})["regions"] if partial else found
-        tables |= {"regions": found, "regions_summary": regions.summary(found, resamples, seed)}
+        tables["regions"] = regions.read_precision(layout, partial)
     if layout.config.evaluate.others:
         tables["unlearning"] = unlearning(layout, encode or load_encoder(layout.config.evaluate.encoder), partial)
     if retrain.subsets or retrain.pools:
@@ -83,6 +81,8 @@ def evaluate(layout: Layout, encode: Encoder | None = None, partial: bool = Fals
     if layout.config.learn and (not partial or Path(layout.learned["probabilities"]).exists()):
         tables |= reliability.tables(layout)
     tables = with_earlier(layout, tables) if partial else tables
+    if "regions" in tables:
+        tables["regions_summary"] = regions.summary(tables["regions"], resamples, seed)
     for name, table in tables.items():
         write_table(layout.table(name), table)
     write_json(layout.metrics, means(tables))
