@@ -325,6 +325,15 @@ def test_a_truncated_file_names_itself(tmp_path, name, share):
         READERS[name](tmp_path / name)
 
 
+def test_names_that_look_like_numbers_or_nothing_are_names(tmp_path):
+    table = pd.DataFrame({"query": ["001", "null"], "method": ["1e3", "NA"], "k": [1, 2], "value": [np.nan, 2.5]})
+    write_table(tmp_path / "x.csv", table)
+    found = read_table(tmp_path / "x.csv")
+    assert found[["query", "method"]].to_numpy().tolist() == [["001", "1e3"], ["null", "NA"]]
+    assert found["k"].tolist() == [1, 2]
+    assert np.isnan(found["value"][0])
+
+
 def test_an_empty_csv_names_itself(tmp_path):
     (tmp_path / "x.csv").write_text("")
     with pytest.raises(UserError, match=r"x.csv is damaged"):

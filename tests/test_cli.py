@@ -159,6 +159,20 @@ def test_tidy_keeps_what_the_config_s_methods_were_fitted_on(tmp_path, monkeypat
     assert listed == ["results/x/fit/features/loss-all-t4-d4096.npy"]
 
 
+def test_tidy_leaves_the_curvature_that_only_a_method_needs(tmp_path, monkeypatch):
+    """Customised models rank with θ0's; the config has no query of its own to ask for it."""
+    monkeypatch.chdir(tmp_path)
+    methods = "score: {methods: {influence: {curvature: ekfac}}}"
+    concepts = "customize: {objects: {test: 1}, prompts: {object: {exemplar: a V*, template: [V*]}}}"
+    Path("x.yaml").write_text(f"synthesize: {{queries: []}}\n{concepts}\n{methods}\nretrain: {{methods: []}}\n")
+    folder = tmp_path / "results/x/fit"
+    folder.mkdir(parents=True)
+    for name in ("ekfac.safetensors", "ekfac.json", "fisher.safetensors"):
+        (folder / name).touch()
+    listed = CliRunner().invoke(cli.app, ["tidy", "--config", "x.yaml"]).output.splitlines()
+    assert listed == ["results/x/fit/fisher.safetensors"]
+
+
 def test_tidy_leaves_the_features_that_methods_need(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text("score: {methods: {unet-features: {noises: 2}}}\n")

@@ -229,6 +229,20 @@ def test_a_narrowed_scan_is_not_sharded():
         parse(scan={"shards": 2, "narrowing": {}})
 
 
+def test_narrowing_looks_at_every_boundary_that_is_cut_at():
+    with pytest.raises(UserError, match=r"scan.narrowing.tops: 10 of retrain.pooled_k is not among them"):
+        parse(scan={"narrowing": {"tops": [20]}}, retrain={"k": [20], "pools": 1, "pooled_k": [10]})
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [{"tokens": 513}, {"tokens": 78, "text_encoder": "clip", "image_encoder": "autoencoder-kl", "pipeline": "x"}],
+)
+def test_no_more_tokens_are_kept_than_the_text_encoder_takes(encode):
+    with pytest.raises(UserError, match=rf"tokens: {encode.get('text_encoder', 'minilm')} takes at most"):
+        parse(encode=encode)
+
+
 def test_a_newton_steps_results_hang_on_what_they_always_did():
     plain = parse(unlearn={"v": {"step_size": 1e-4}}).unlearn["v"]
     assert plain == parse(unlearn={"v": {"step_size": 1e-4, "procedure": "newton"}}).unlearn["v"]

@@ -16,6 +16,7 @@ from forgetrace.counterfactual.retrain import measure_shared, retrain
 from forgetrace.curvature.fit import fit
 from forgetrace.diffusion import captured
 from forgetrace.diffusion import training as training_module
+from forgetrace.diffusion.device import Repeatable, make_deterministic
 from forgetrace.diffusion.synthesis import synthesize
 from forgetrace.diffusion.training import Training, discard_checkpoints, train_as_one
 from forgetrace.encoding.store import load_encoded
@@ -100,6 +101,23 @@ def test_a_training_repeats_itself(gpu, trainings):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_attention_to_many_positions_repeats_itself():
+    """Fused attention sums up blocks of keys, of which the tiny model's 64 positions have one, in any order."""
+    device, random = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+    states = torch.randn(3, 4, 8, 1024, 32, generator=random, device=device).requires_grad_()
+
+    def compute():
+        torch.nn.functional.scaled_dot_product_attention(*states).square().sum().backward()
+        gradient, states.grad = states.grad, None
+        return gradient
+
+    make_deterministic()
+    repeatable = Repeatable(device)
+    found = [repeatable(compute, lambda: None) for _ in range(5)]
+    assert repeatable.strict
+    assert all(torch.equal(found[0], other) for other in found)
+
+
 @pytest.mark.parametrize("trainings", [ALONE, SEVERAL])
 def test_a_recorded_step_is_a_launched_one(gpu, monkeypatch, trainings):
     recorded = trained(gpu, trainings, "cuda")
@@ -118,6 +136,7 @@ def test_a_step_is_recorded(gpu, caplog):
     for _ in range(captured.EAGER + 2):
         loop.run_step()
     assert loop.gradients.graph is not None
+    assert loop.repeatable.strict
     assert not caplog.records
 
 

@@ -267,12 +267,18 @@ def write_table(path: str | Path, table: "pd.DataFrame", made_by: Mapping | None
             table.to_parquet(temporary, index=False)
 
 
+NAMES = ("query", "method", "method_a", "method_b", "member", "model")  # columns of tables; never numbers
+
+
 def read_table(path: str | Path) -> "pd.DataFrame":
     """Read a table written by :func:`write_table`."""
     import pandas as pd
 
     with _readable(path):
-        return pd.read_csv(path) if Path(path).suffix == ".csv" else pd.read_parquet(path)
+        if Path(path).suffix != ".csv":
+            return pd.read_parquet(path)
+        # A query may be called 001 or null.
+        return pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
 
 
 def read_table_provenance(path: str | Path) -> dict:

@@ -379,7 +379,7 @@ class Layout:
         """Every file the stages write below ``root``, figures excepted, for the current config."""
         config, queries = self.config, self.config.queries()
         files = {*self.encoded, *self.model_files, self.curve, self.recipe, self.base_scan}
-        files |= {path for variant in config.unlearn.values() for path in self.fitted(variant.curvature)}
+        files |= {path for curvature in config.curvatures() for path in self.fitted(curvature)}
         files |= {*self.snapshots, self.metrics}
         files |= {self.table(name) for name in self.tables()}
         for model in self.asked_at_once():

@@ -28,6 +28,8 @@ from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.noise import NoiseBank
 from forgetrace.diffusion.synthesis import synthesize
+from forgetrace.diffusion.training import checkpoints_of
+from forgetrace.encoding.store import load_encoded
 
 from ..conftest import in_child, settings
 
@@ -332,6 +334,15 @@ def test_a_raised_version_retrains(measured, trainings, stage):
     assert trainings == ["unlearn-k10-report-00"]
 
 
+def test_checkpoints_of_models_that_have_said_all_are_removed(measured, trainings):
+    left = Path(checkpoints_of(measured, [module.training_of(measured, load_encoded(measured), *MODEL)]), "last.pt")
+    left.parent.mkdir(parents=True)
+    left.write_text("of a run that was killed before it tidied up")
+    retrain(measured, [MODEL], "cpu")
+    assert trainings == []
+    assert not left.exists()
+
+
 def test_the_base_model_makes_its_query_again(tiny, trainings):
     for method, k, member in tiny.shared_models()[1:]:
         retrain(tiny, [(method, k, member)], "cpu")
@@ -340,6 +351,22 @@ def test_the_base_model_makes_its_query_again(tiny, trainings):
         assert read_json(tiny.measure(*model, "report-00")["losses"])["query"] == "report-00"
     base = tiny.measure("base", 0, "base", "report-00")
     np.testing.assert_array_equal(read_image(base["image"]), read_image(tiny.query("report-00")["image"]))
+
+
+def test_what_shared_models_have_said_is_not_asked_again(tiny, trainings, monkeypatch):
+    for method, k, member in tiny.shared_models()[1:]:
+        retrain(tiny, [(method, k, member)], "cpu")
+    asked, ask = [], module.measure
+    monkeypatch.setattr(module, "measure", lambda *given: asked.append(given[2]) or ask(*given))
+    measure_shared(tiny, "report-00", "cpu")
+    assert asked == tiny.shared_models()
+    measure_shared(tiny, "report-00", "cpu")
+    assert asked == tiny.shared_models()
+    last = tiny.shared_models()[-1]
+    Path(tiny.measure(*last, "report-00")["image"]).unlink()
+    write_tensors(tiny.weights, read_tensors(tiny.weights), {"of": "another training"})
+    measure_shared(tiny, "report-00", "cpu")
+    assert asked == [*tiny.shared_models(), tiny.shared_models()[0], last]
 
 
 def test_a_shared_model_that_lacks_weights_is_not_measured(tiny, trainings):

@@ -82,6 +82,12 @@ def test_16_bits_of_gray_become_8(mode, order, kind):
     np.testing.assert_array_equal(np.asarray(decoded(content))[0, :, 0], np.arange(256))
 
 
+def test_16_bits_of_gray_are_white_where_the_transparent_value_is():
+    values = np.array([[1000, 257 * 100]], dtype="<u2")
+    content = saved(Image.frombytes("I;16", (2, 1), values.tobytes()), "PNG", transparency=1000)
+    np.testing.assert_array_equal(np.asarray(decoded(content))[0, :, 0], [255, 100])
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_32_bits_are_refused(mode):
     with pytest.raises(ValueError, match="32-bit gray has no fixed white"):

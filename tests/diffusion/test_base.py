@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from forgetrace.artifacts import read_json, read_tensors, sha256_of, write_json, write_tensors
-from forgetrace.diffusion import base, synthesis
+from forgetrace.diffusion import base, synthesis, training
 from forgetrace.diffusion.base import train_base
+from forgetrace.diffusion.device import resolve_precision
 from forgetrace.diffusion.synthesis import synthesize
 
 from ..conftest import settings
@@ -61,6 +63,27 @@ def test_any_other_theta0_is_trained(tiny, untrained, change):
         Path({"snapshot": tiny.snapshots[0], "curve": tiny.curve}[change]).unlink()
     with pytest.raises(AssertionError, match="trained again"):
         train_base(layout, "cpu")
+
+
+def test_a_theta0_without_a_snapshot_is_not_made_again_without_a_word(tiny, untrained, caplog):
+    Path(tiny.snapshots[0]).unlink()
+    with pytest.raises(AssertionError, match="trained again"):
+        train_base(tiny, "cpu")
+    assert f"without {tiny.snapshots[0]}: made again" in caplog.text
+
+
+def test_the_precision_that_is_left_open_is_theta0s(tiny, monkeypatch, caplog):
+    """A retraining on a node with other hardware is compared with that model."""
+    monkeypatch.setattr(training, "native_bf16", lambda device: False)
+    of = lambda layout: training.precision_of(layout, torch.device("cpu"))  # noqa: E731
+    record, open_ = read_json(tiny.recipe), replace(tiny, config=settings(train={"precision": "auto"}))
+    write_json(tiny.recipe, record | {"precision": "bf16"})
+    assert of(open_) == "bf16"
+    assert "slow on this" in caplog.text
+    assert of(replace(tiny, config=settings(train={"precision": "fp32"}))) == "fp32"
+    for torn in ("{}", "no JSON"):
+        Path(tiny.recipe).write_text(torn)
+        assert of(open_) == resolve_precision("auto", torch.device("cpu"))
 
 
 def test_a_query_is_kept_with_the_theta0_that_made_it(tiny, monkeypatch):

@@ -70,3 +70,51 @@ def test_processes_of_one_training_take_those_of_their_numbers(gpus, monkeypatch
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert device._free_gpu() == "cuda:2"
     assert not list(tmp_path.iterdir())
+
+
+def unrepeatable(weight: torch.Tensor) -> torch.Tensor:
+    """Leaves a gradient, then computes what PyTorch has no repeatable kernel for, on a CPU either."""
+    (weight * 2).sum().backward()
+    return torch.zeros(3).put_(torch.tensor([1]), torch.tensor([5.0]))
+
+
+def test_gradients_are_repeatable_or_it_is_said_that_they_are_not(caplog):
+    weight, seen = torch.ones(2, requires_grad=True), []
+
+    def clear():
+        weight.grad = None
+
+    def compute():
+        seen.append(torch.is_deterministic_algorithms_warn_only_enabled())
+        return unrepeatable(weight)
+
+    repeatable = device.Repeatable(torch.device("cpu"))
+    assert not repeatable.strict  # a single thread repeats itself
+    repeatable.strict = True  # as on a GPU
+    try:
+        with pytest.warns(UserWarning, match="put_"):  # PyTorch's own, once it only warns
+            assert repeatable(compute, clear).tolist() == [0, 5, 0]
+        assert seen == [False, True]
+        assert weight.grad.tolist() == [2, 2]  # once, not twice
+        assert "put_" in caplog.text
+        assert "will differ by rounding" in caplog.text
+        clear()
+        repeatable(compute, clear)
+        assert len(seen) == 3  # not tried again
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_other_errors_are_not_taken_for_unrepeatable_kernels():
+    repeatable = device.Repeatable(torch.device("cpu"))
+    repeatable.strict = True
+
+    def fail():
+        raise RuntimeError("out of memory")
+
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            repeatable(fail, lambda: None)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from forgetrace.artifacts import UserError, read_arrays, read_image, read_json, write_image
 from forgetrace.diffusion.regions import (
@@ -123,6 +124,16 @@ def test_a_mask_says_what_is_inside(tmp_path):
         pixels_of_mask(path, (4, 6), "r")
     with pytest.raises(UserError, match="missing or no image"):
         pixels_of_mask(str(tmp_path / "none.png"), (4, 6), "r")
+
+
+def test_what_is_transparent_or_dark_in_16_bits_is_outside_a_mask(tmp_path):
+    mask, path = np.full((4, 6, 4), 255, dtype=np.uint8), str(tmp_path / "mask.png")
+    mask[:, 3:, 3] = 0  # white, but transparent
+    Image.fromarray(mask).save(path)
+    left = np.arange(6) < 3
+    assert np.array_equal(pixels_of_mask(path, (4, 6), "r"), np.tile(left, (4, 1)))
+    Image.fromarray(np.where(np.tile(left, (4, 1)), 65535, 1000).astype(np.uint16)).save(path)
+    assert np.array_equal(pixels_of_mask(path, (4, 6), "r"), np.tile(left, (4, 1)))
 
 
 @pytest.mark.parametrize("suffix", ["json", "yaml"])

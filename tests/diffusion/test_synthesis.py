@@ -57,6 +57,18 @@ def test_a_users_image_of_the_right_size_is_taken_as_it_is(tiny):
     np.testing.assert_array_equal(read_image(tiny.query("mine")["image"]), pixels)
 
 
+def test_a_users_image_is_on_white_and_upright_whatever_the_data(tiny):
+    pixels = np.random.default_rng(2).integers(0, 256, size=(16, 16, 4), dtype=np.uint8)
+    pixels[..., 3], pixels[:4, ..., 3] = 255, 0
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save("mine.png", exif=exif)
+    synthesize(tiny, "mine", "cpu")
+    expected = pixels[..., :3].copy()
+    expected[:4] = 255
+    np.testing.assert_array_equal(read_image(tiny.query("mine")["image"]), np.rot90(expected, -1))
+
+
 def test_beside_own_data_a_users_image_is_read_as_they_are(tiny):
     """A training image given as a query is that training image: upright, cropped, not squeezed."""
     pixels = np.random.default_rng(2).integers(0, 256, (20, 32, 3), dtype=np.uint8)

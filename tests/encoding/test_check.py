@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from forgetrace.artifacts import UserError
+from forgetrace.config import Narrowing, Scan
 from forgetrace.datasets import prepare as prepare_module
 from forgetrace.datasets.contract import Example
 from forgetrace.encoding.check import check_data
@@ -64,6 +65,14 @@ def test_what_the_data_allow_passes():
 def test_what_they_do_not_is_named(sections, message):
     with pytest.raises(UserError, match=message):
         check_data(layout(**sections))
+
+
+@pytest.mark.usefixtures("data")
+def test_a_boundary_below_all_images_is_named():
+    made = layout(retrain={"k": [1]})
+    config = made.config.model_copy(update={"scan": Scan(narrowing=Narrowing(tops=[1, 10]))})
+    with pytest.raises(UserError, match=r"scan.narrowing.tops: there is no top 10 of 10 images"):
+        check_data(replace(made, config=config))
 
 
 @pytest.mark.usefixtures("sources")

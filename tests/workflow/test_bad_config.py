@@ -1,5 +1,7 @@
 """What cannot work stops before any job, with one sentence that names the key."""
 
+import re
+
 import pytest
 
 from .conftest import ROOT
@@ -24,6 +26,13 @@ MISTAKES = {
     "an unknown pool": ("pool: report", "pool: reports", ["pool"]),
     "more queries than captions": ("count: 2", "count: 2000", ["synthesize.queries", "report"]),
 }
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(checkout):
+    assert "step_size: " in SMOKE
+    changed = re.sub(r"step_size: [0-9.e-]+", "step_size: 8e-5", SMOKE)
+    (checkout.folder / "smoke-text.yaml").write_text(changed, encoding="utf-8")
+    assert "Job stats" in checkout("snakemake", "-n", "--configfile", "smoke-text.yaml").stdout
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -31,6 +31,8 @@ STAGE_OF = {
     "figure_lds": "figures",
     "figure_unlearning": "figures",
 }
+# What other methods would read.
+SPARE = {"score": {"results/digits/fit"}}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_a_stage_declares_what_its_jobs_read_and_write(jobs, stage, kind):
     undeclared = {file for file in jobs[stage][kind] if not any(covers(path, file) for path in paths)}
     unused = {path for path in paths if not any(covers(path, file) for file in jobs[stage][kind])}
     assert not undeclared
-    assert not unused
+    assert unused <= SPARE.get(stage, set())
 
 
 def test_the_data_are_tracked_as_a_whole(jobs):

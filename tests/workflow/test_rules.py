@@ -184,7 +184,10 @@ def test_a_given_model_without_its_parent_has_no_counterfactual(checkout):
     shutil.rmtree(checkout.folder / "sd")
 
 
-@pytest.mark.parametrize(("visible", "limit"), [("0,2", {"gpu": 2}), ("GPU-1a", {"gpu": 1}), ("", None)])
+@pytest.mark.parametrize(
+    ("visible", "limit"),
+    [("0,2", {"gpu": 2}), ("GPU-1a", {"gpu": 1}), ("0,-1,1", {"gpu": 1}), ("-1", None), ("", None)],
+)
 def test_on_one_machine_no_more_models_run_than_there_are_gpus(monkeypatch, visible, limit):
     profile = (ROOT / "profiles/default/config.yaml").read_text(encoding="utf-8")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

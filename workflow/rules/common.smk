@@ -63,7 +63,12 @@ try:
     CONFIG_FILE, layout = load_experiment()
 except UserError as error:
     sys.exit(str(error))
-validate(config, "../schemas/config.schema.yaml", set_default=False)
+# As it was read: YAML's own 8e-5 is text until then.
+validate(
+    layout.config.model_dump(mode="json", exclude_unset=True),
+    "../schemas/config.schema.yaml",
+    set_default=False,
+)
 
 VERSIONS = yaml.safe_load(
     Path(workflow.basedir, "workflow", "versions.yaml").read_text()
@@ -74,6 +79,7 @@ JUDGED_QUERIES = layout.config.judged_queries()
 REGIONS = [query for query in QUERIES if layout.config.region(query)]
 # Images from elsewhere: nobody can generate them again.
 OWN_IMAGES = [query for query in QUERIES if not layout.config.generates(query)]
+METHODS = list(layout.config.score.methods)  # in the order that figures have
 JUDGED = [method for method in layout.config.retrain.methods if method != RANDOM]
 TOGETHER = registry.together(layout)
 FEATURES = registry.all_features(layout)
@@ -110,6 +116,11 @@ def log_file(stage, *names):
 
 def benchmark_file(stage, *names):
     return layout.timing(stage, *names)
+
+
+def training_minutes(wildcards, attempt):
+    """The wall time of a training: a longer one is submitted again, and goes on from its checkpoint."""
+    return 240 * attempt
 
 
 def shaped_by(stages, *keys, **more):
@@ -208,14 +219,7 @@ def given_for(model):
 
 def ranking_inputs():
     """What the methods need of the base set once: its curvatures and features, which all customised models share."""
-    methods = layout.config.score.methods.values()
-    fits = [variant.curvature for variant in layout.config.unlearn.values()]
-    # What an influence function weighs by, diagonal unless it says so.
-    fits += [
-        method.curvature or "diagonal"
-        for name, method in layout.config.score.methods.items()
-        if (method.attributor or name) == "influence"
-    ]
+    fits = layout.config.curvatures()
     features = registry.methods_features(layout)
     images = [layout.features(name) for name in features if name.startswith("image-")]
     return sorted({path for fit in fits for path in layout.fitted(fit)}) + images

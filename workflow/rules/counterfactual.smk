@@ -29,7 +29,7 @@ rule retrain_shared:
     threads: layout.config.train.threads
     resources:
         mem_mb=3000,
-        runtime=240,
+        runtime=training_minutes,
         gpu=1,
     params:
         config=CONFIG_FILE,
@@ -67,7 +67,7 @@ rule retrain:
     threads: layout.config.train.threads
     resources:
         mem_mb=3000,
-        runtime=240,
+        runtime=training_minutes,
         gpu=1,
     params:
         config=CONFIG_FILE,
@@ -111,7 +111,7 @@ rule retrain_half:
     threads: layout.config.train.threads
     resources:
         mem_mb=3000,
-        runtime=240,
+        runtime=training_minutes,
         gpu=1,
     params:
         config=CONFIG_FILE,
@@ -163,7 +163,7 @@ if STACKED:
         threads: layout.config.train.threads
         resources:
             mem_mb=8000,
-            runtime=480,
+            runtime=lambda wildcards, attempt: 2 * training_minutes(wildcards, attempt),
             gpu=1,
         params:
             config=CONFIG_FILE,
@@ -240,7 +240,7 @@ rule measure:
         list(layout.query("{query}").values()),
     output:
         [
-            path
+            update(path)
             for model in layout.shared_models()
             for path in layout.measure(*model, "{query}").values()
         ],
@@ -270,7 +270,7 @@ rule measure:
 use rule measure as measure_own_image with:
     output:
         [
-            layout.measure(*model, "{query}")["losses"]
+            update(layout.measure(*model, "{query}")["losses"])
             for model in layout.shared_models()
         ],
     wildcard_constraints:
@@ -282,3 +282,6 @@ rule all_retrain:
         [layout.retrained(*model) for model in layout.shared_models()],
         [path for query in JUDGED_QUERIES for path in measures(query)],
         MEASURED_AT_ONCE,
+        [layout.retrained(*model) for model in layout.retrainings()]
+        if layout.config.retrain.keep_weights
+        else [],

@@ -4,7 +4,7 @@
 rule prepare:
     input:
         # The list of one's own images; nothing for a bundled dataset.
-        source_files(layout.config.prepare),
+        lambda wildcards: source_files(layout.config.prepare),  # a path may have braces
     output:
         layout.metadata,
         layout.data_manifest,

@@ -57,7 +57,7 @@ rule figure_attribution:
         runtime=15,
     params:
         config=CONFIG_FILE,
-        shaped_by=shaped_by("figures", "figures"),
+        shaped_by=shaped_by("figures", "figures", methods=METHODS),
     shell:
         "forgetrace figures --config {params.config:q} --name attribution-{wildcards.query:q}"
         " > {log:q} 2>&1"
@@ -96,7 +96,7 @@ rule figure_regions:
         runtime=15,
     params:
         config=CONFIG_FILE,
-        shaped_by=shaped_by("figures", "figures"),
+        shaped_by=shaped_by("figures", "figures", methods=METHODS),
     shell:
         "forgetrace figures --config {params.config:q} --name regions-{wildcards.query:q}"
         " > {log:q} 2>&1"
@@ -284,7 +284,7 @@ rule figure_exemplars:
         runtime=15,
     params:
         config=CONFIG_FILE,
-        shaped_by=shaped_by("figures", "figures"),
+        shaped_by=shaped_by("figures", "figures", methods=METHODS),
     shell:
         "forgetrace figures --config {params.config:q} --name exemplars-{wildcards.shown:q} > {log:q} 2>&1"
 

@@ -25,7 +25,7 @@ rule train:
     threads: layout.config.train.threads
     resources:
         mem_mb=3000,
-        runtime=240,
+        runtime=training_minutes,
         gpu=1,
     params:
         config=CONFIG_FILE,
@@ -84,6 +84,7 @@ rule synthesize_region:
             layout.query(layout.config.whole(wildcards.query)).values()
         ),
         region=lambda wildcards: region_files(settings_of_region(wildcards.query)),
+        detector=pipeline.local_files(layout.config.synthesize.detector, ["."]),
     output:
         list(layout.query("{query}").values()),
     log:

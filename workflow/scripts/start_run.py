@@ -53,7 +53,7 @@ def hold_folder() -> None:
     all machines; where that has no locks, the process table is all there is.
     """
     RUN.parent.mkdir(exist_ok=True)
-    held = os.open(RUN, os.O_RDWR | os.O_CREAT, 0o644)
+    held = os.open(RUN, os.O_RDWR | os.O_CREAT, 0o666)  # a group's umask lets its others in
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

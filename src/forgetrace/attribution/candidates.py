@@ -205,9 +205,8 @@ def _config(layout: Layout, record: dict, methods: list[str]) -> Config:
 
 
 def _curvatures(own: Candidates) -> list[str]:
-    """Those there are of the ones its variants step by."""
-    kinds = {variant.curvature for variant in own.config.unlearn.values()}
-    return [path for kind in sorted(kinds) for path in own.fitted(kind)[:1] if Path(path).exists()]
+    """Those there are of the ones its methods weigh by."""
+    return [path for kind in own.config.curvatures() for path in own.fitted(kind)[:1] if Path(path).exists()]
 
 
 def _clear_others(own: Candidates, key: str) -> None:

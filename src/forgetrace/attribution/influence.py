@@ -1,7 +1,7 @@
 """Gradient methods that score by inner products ⟨∇L(z), v⟩ with a direction v of the query.
 
 * TracIn (Pruthi et al. 2020, eq. 2, checkpoints): ``τ(z) = Σ_s η_s ⟨∇L(z; θ_s), ∇L(ẑ; θ_s)⟩`` over the snapshots
-  of training with their learning rates.
+  of training, η_s the mean learning rate between snapshots s - 1 and s.
 * ReTrac (Diffusion-ReTrac, arXiv 2401.09031): the same with every timestep's gradient scaled to length 1, since a
   few timesteps with large gradients otherwise decide the score. The paper takes each image at the one timestep it
   was trained at in that step; here it is averaged over all.
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forgetrace.artifacts import UserError, fingerprint, read_tensors_provenance
+from forgetrace.artifacts import UserError, fingerprint
 from forgetrace.attribution.contract import Together
 from forgetrace.config import Config
 
@@ -142,7 +142,7 @@ def _joined(sources: Sequence[InnerProducts], gradients: Gradients, queries: lis
 
 
 class TracIn(InnerProducts):
-    """Sum over snapshots of learning rate times inner product."""
+    """Sum over snapshots of learning rate, on the way there, times inner product."""
 
     summary = "inner products of gradients at the snapshots of training, times their learning rates (TracIn)"
     reads = InnerProducts.reads | {"noises"}
@@ -161,13 +161,21 @@ class TracIn(InnerProducts):
                 "have: remove the method."
             )
 
+    def shaped_by(self) -> dict:
+        """How a snapshot is weighed."""
+        return {"weights": "mean learning rate since the snapshot before"}
+
     def models(self) -> list[str]:
         """The snapshots of training."""
         return self.layout.snapshots
 
     def weight_of(self, weights: str) -> float:
-        """The learning rate of the snapshot's last step."""
-        return read_tensors_provenance(weights)["learning_rate"]
+        """The mean learning rate of the steps since the snapshot before, or since the start."""
+        from forgetrace.diffusion.training import learning_rate
+
+        recipe, number = self.layout.config.train, self.layout.snapshots.index(weights)
+        first, last = [0, *recipe.snapshot_steps()][number : number + 2]
+        return sum(learning_rate(recipe, step) for step in range(first, last)) / (last - first)
 
     def directions(self, gradients: Gradients, queries: list[str]) -> dict:
         """Mean over timesteps of the query's gradients, each of the mean loss over the noises."""

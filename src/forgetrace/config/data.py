@@ -122,4 +122,6 @@ class Encode(Section):
             raise ValueError("image_encoder autoencoder-kl and text_encoder clip need a pipeline, others have no use")
         if self.image_encoder == "autoencoder-kl" and "factor" in self.model_fields_set:
             raise ValueError("factor has no effect with image_encoder autoencoder-kl: remove it")
+        if self.tokens and self.tokens > (most := {"minilm": 512, "clip": 77}[self.text_encoder]):
+            raise ValueError(f"tokens: {self.text_encoder} takes at most {most}, not {self.tokens}")
         return self

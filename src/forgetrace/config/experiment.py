@@ -102,8 +102,9 @@ class Config(Section):
         narrowing = self.scan.narrowing
         if narrowing and self.encode.flips:
             raise ValueError("scan.narrowing: not with encode.flips, whose images have two scores each; remove one")
-        if narrowing and (missing := [k for k in self.retrain.k if k not in narrowing.tops]):
-            raise ValueError(f"scan.narrowing.tops: {missing[0]} of retrain.k is not among them")
+        for key in ("k", "pooled_k") if narrowing else ():
+            if missing := [k for k in getattr(self.retrain, key) if k not in narrowing.tops]:
+                raise ValueError(f"scan.narrowing.tops: {missing[0]} of retrain.{key} is not among them")
         names = self.queries()
         if bool(names) == bool(self.customize):
             raise ValueError(
@@ -224,6 +225,12 @@ class Config(Section):
     def forgotten_queries(self) -> list[str]:
         """Names of the reported queries that are generated again after unlearning; a given image cannot be."""
         return [query for query in self.reported_queries() if self.generates(query)]
+
+    def curvatures(self) -> list[str]:
+        """Those that variants step by and influence functions invert, in order of name."""
+        methods = self.score.methods.items()
+        inverted = {own.curvature or "diagonal" for name, own in methods if (own.attributor or name) == "influence"}
+        return sorted(({variant.curvature for variant in self.unlearn.values()} | inverted) - {"none"})
 
     def image_query(self, name: str) -> ImageQuery | None:
         """The user's image behind a query, or None where the query is another kind's."""

@@ -28,9 +28,16 @@ from forgetrace.artifacts import (
 from forgetrace.config import RANDOM, SEED_SET
 from forgetrace.counterfactual.measure import brief_measures, measure, measure_key
 from forgetrace.counterfactual.sets import training_of
-from forgetrace.diffusion.device import pick_device, processor_name, resolve_precision
+from forgetrace.diffusion.device import pick_device, processor_name
 from forgetrace.diffusion.model import build_unet, frozen, load_unet
-from forgetrace.diffusion.training import Training, discard_checkpoints, train_as_one, training_key, unfinished
+from forgetrace.diffusion.training import (
+    Training,
+    discard_checkpoints,
+    precision_of,
+    train_as_one,
+    training_key,
+    unfinished,
+)
 from forgetrace.encoding.store import Encoded, load_encoded
 from forgetrace.layout import Layout
 
@@ -54,7 +61,8 @@ def retrain(layout: Layout, models: Sequence[Model], device: str = "auto") -> No
     for start in range(0, len(work), layout.config.retrain.stack):
         part = work[start : start + layout.config.retrain.stack]
         missing = [one for one in part if one.missing]
-        if not missing:
+        if not missing:  # what a killed run may have left of them goes with the others
+            groups.append([one.training for one in part])
             continue
         # A run that was killed when some of them had been asked already left all it had trained.
         groups.append(unfinished(layout, *([one.training for one in of] for of in (part, missing))))
@@ -95,7 +103,7 @@ class _Work:
 def _work(layout: Layout, encoded: Encoded, model: Model, device: torch.device) -> _Work:
     """Find out what is missing of a model; ask one whose weights were kept what it has not been asked yet."""
     training = training_of(layout, encoded, *model)
-    trained = training_key(layout, training, resolve_precision(layout.config.train.precision, device))
+    trained = training_key(layout, training, precision_of(layout, device))
     at_once = model in layout.asked_at_once()
     shared, path = model[0] in (RANDOM, SEED_SET) and not at_once, layout.retrained(*model)
     keeps_weights = shared or layout.config.retrain.keep_weights
@@ -162,11 +170,12 @@ def retrained_unet(
 
 
 def measure_shared(layout: Layout, query: str, device: str = "auto") -> None:
-    """Measure θ0 and all shared retrainings on one query."""
+    """Measure θ0 and all shared retrainings on one query; what is measured already is kept."""
     for model in layout.shared_models():
         weights = layout.retrained(*model)
-        unet = load_unet(layout, pick_device(device), weights)
-        measure(layout, unet, model, query, measure_key(layout, query, sha256_of(weights)))
+        key = measure_key(layout, query, sha256_of(weights))
+        if not _is_measured(layout.measure(*model, query), key):
+            measure(layout, load_unet(layout, pick_device(device), weights), model, query, key)
 
 
 def _is_trained(path: str, key: str) -> bool:

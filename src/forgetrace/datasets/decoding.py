@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-def decoded(content: bytes) -> Image.Image:
-    """An image file's first picture in mode RGB: upright as its EXIF says, on white where it is transparent.
+def decoded(content: bytes, ground: str = "white") -> Image.Image:
+    """An image file's first picture in mode RGB: upright as its EXIF says, on a ground where it is transparent.
 
     Raises:
         Exception: of any kind, as Pillow's readers have it, where the bytes are no image or only a part of one.
@@ -17,10 +17,13 @@ def decoded(content: bytes) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError("32-bit gray has no fixed white: save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):  # Pillow's own conversion cuts off what is above 255
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+        values, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     return image.convert("RGB")
 
 

@@ -11,6 +11,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from forgetrace.artifacts import UserError, read_image
 from forgetrace.datasets.decoding import decoded, squared
@@ -19,16 +20,21 @@ from forgetrace.datasets.registry import OWN
 from forgetrace.layout import Layout
 
 
-def read_square(path: str, size: int) -> np.ndarray:
-    """Any image file as an image of one's own is read, shape (size, size, 3), uint8.
+def read_own(path: str, ground: str = "white") -> Image.Image:
+    """Any image file in mode RGB, upright, on a ground where it is transparent.
 
     Raises:
         UserError: it is missing or no image.
     """
     try:
-        return squared(decoded(Path(path).read_bytes()), size)
+        return decoded(Path(path).read_bytes(), ground)
     except Exception as error:  # Pillow's readers raise nearly anything
         raise UserError(f"{path} is missing or no image that can be read.") from error
+
+
+def read_square(path: str, size: int) -> np.ndarray:
+    """Any image file as an image of one's own is read, shape (size, size, 3), uint8; errors as :func:`read_own`."""
+    return squared(read_own(path), size)
 
 
 def images_folder(layout: Layout) -> str:

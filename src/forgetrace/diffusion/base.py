@@ -24,14 +24,14 @@ from forgetrace.artifacts import (
     write_table,
     write_tensors,
 )
-from forgetrace.diffusion.device import pick_device, resolve_precision
+from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.given import check_descends, check_fits, given_scheduler, given_source, given_unet
 from forgetrace.diffusion.lora import lora_file, merge_lora
 from forgetrace.diffusion.model import build_scheduler, build_unet, save_architecture
 from forgetrace.diffusion.training import (
     Training,
     discard_checkpoints,
-    learning_rate,
+    precision_of,
     snapshot_path,
     train,
     training_key,
@@ -53,7 +53,7 @@ def train_base(layout: Layout, device: str = "auto") -> None:
         adopt(layout, encoded)
         return
     training = Training(BASE, config.seed, np.zeros(len(encoded), dtype=bool))
-    if is_there(layout, training_key(layout, training, resolve_precision(config.train.precision, pick_device(device)))):
+    if is_there(layout, training_key(layout, training, precision_of(layout, pick_device(device)))):
         return
     made_by = provenance(config.digest_of("seed", "train"), {"encoded": layout.encode_manifest})
     snapshots = config.train.snapshot_steps()
@@ -62,9 +62,7 @@ def train_base(layout: Layout, device: str = "auto") -> None:
         return
     Path(layout.recipe).unlink(missing_ok=True)
     for step, path in zip(snapshots, layout.snapshots, strict=True):
-        # TracIn weighs a snapshot's gradients by the learning rate it was trained with.
-        rate = {"step": step, "learning_rate": learning_rate(config.train, step - 1)}
-        write_tensors(path, read_tensors(snapshot_path(layout, BASE, step)), made_by | rate)
+        write_tensors(path, read_tensors(snapshot_path(layout, BASE, step)), made_by | {"step": step})
     shape, width = tuple(encoded.latents.shape[1:]), encoded.captions.shape[2]
     save_architecture(build_unet(config.train, shape, width, config.seed), build_scheduler(config.train), layout)
     write_tensors(layout.weights, weights, made_by)
@@ -80,10 +78,14 @@ def is_there(layout: Layout, key: str) -> bool:
         record = read_json(layout.recipe)
     except UserError:
         return False
-    if not all(Path(file).exists() for file in files) or record.get("sha256") != sha256_of(layout.weights):
+    missing = [file for file in files if not Path(file).exists()]
+    if layout.weights in missing or record.get("sha256") != sha256_of(layout.weights):
         return False
     if record.get("key") != key:
         log.warning("The θ0 that is there is of other data or another recipe, seed or precision: made again.")
+        return False
+    if missing:
+        log.warning("θ0 is there without %s: made again, on another processor with other rounding.", missing[0])
         return False
     log.warning("θ0 is already there: kept.")
     return True

@@ -13,6 +13,7 @@ A model that is there already, by whatever program, is taken as it is (``customi
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from forgetrace.artifacts import (
 )
 from forgetrace.config import Customize
 from forgetrace.datasets.concepts import Concept, concept, given_files, names, queries, query_names
-from forgetrace.diffusion.device import make_deterministic, pick_device
+from forgetrace.diffusion.device import Repeatable, make_deterministic, pick_device
 from forgetrace.diffusion.loss import draw_losses
 from forgetrace.diffusion.model import load_scheduler, load_unet
 from forgetrace.diffusion.subsets import select
@@ -213,7 +214,7 @@ def train(
     optimizer = torch.optim.AdamW([*own, token.row], lr=settings.learning_rate, weight_decay=settings.weight_decay)
     distinct = sorted(set(exemplars.prompts))
     row_of = torch.tensor([distinct.index(prompt) for prompt in exemplars.prompts])
-    losses = np.empty(settings.steps)
+    losses, repeatable = np.empty(settings.steps), Repeatable(token.row.device)
     for step in progress(range(settings.steps), total=settings.steps, unit="step", what=f"customize {name}"):
         random = generator(seed, "customize", name, step)
         count, shape = settings.batch_size, tuple(exemplars.latents.shape[1:])
@@ -223,20 +224,38 @@ def train(
         mirrored = random.integers(2, size=count) if settings.flips else 0
         picks = random.random((count, 2)) if encoded.has_views else None
         prior_latents, prior_states = encoded.examples(kept, picks)
-        states = token.states(distinct)[row_of[chosen].to(token.row.device)]
+        rows = row_of[chosen].to(token.row.device)
         latents = torch.cat([exemplars.latents[chosen + mirrored * len(exemplars.prompts)], prior_latents])
-        found = draw_losses(
-            unet, scheduler, latents, torch.cat([states, prior_states.to(states.device)]), timesteps, noise
-        )
-        loss = found[:count].mean()
-        (loss + settings.prior_weight * found[count:].mean()).backward()
+        drawn = (latents, prior_states, timesteps, noise)
+        compute = partial(_gradients, unet, scheduler, token, distinct, rows, *drawn, settings.prior_weight)
+        losses[step] = repeatable(compute, optimizer.zero_grad)
         optimizer.step()
         optimizer.zero_grad()
-        losses[step] = loss.item()
         if not np.isfinite(losses[step]):
             raise UserError(f"Customising {name} diverged at step {step + 1}: lower customize.learning_rate.")
     unet.requires_grad_(False)
     return losses
+
+
+def _gradients(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    token: NewToken,
+    distinct: list[str],
+    rows: torch.Tensor,
+    latents: torch.Tensor,
+    prior_states: torch.Tensor,
+    timesteps: np.ndarray,
+    noise: np.ndarray,
+    prior_weight: float,
+) -> float:
+    """Leave the gradients of a batch, exemplars with the prompts of these rows first; their mean loss."""
+    states, count = token.states(distinct)[rows], len(rows)
+    states = torch.cat([states, prior_states.to(states.device)])
+    found = draw_losses(unet, scheduler, latents, states, timesteps, noise)
+    loss = found[:count].mean()
+    (loss + prior_weight * found[count:].mean()).backward()
+    return loss.item()
 
 
 def _exemplars(layout: Layout, learned: Concept, device: torch.device) -> Exemplars:

@@ -3,14 +3,20 @@
 import ctypes
 import fcntl
 import functools
+import logging
 import os
 import platform
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from forgetrace.artifacts import UserError
+
+log = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -76,6 +82,34 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Else every new tensor is filled first, to show reads of uninitialised memory: a twentieth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+class Repeatable:
+    """Computes gradients with kernels that repeat themselves, on a GPU.
+
+    To be warned of the others is not enough: attention's fused backward has a repeatable way, and takes it only where
+    all else is refused. Where a model needs a kernel that has none, it goes on without, after a warning.
+    """
+
+    def __init__(self, device: torch.device):
+        self.strict = device.type == "cuda"
+
+    def __call__(self, compute: Callable[[], Found], clear: Callable[[], None]) -> Found:
+        """What ``compute`` returns; ``clear`` forgets what it left behind when it was refused."""
+        if not self.strict:
+            return compute()
+        torch.use_deterministic_algorithms(True)
+        try:
+            return compute()
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            log.warning("%s Two trainings of one model will differ by rounding.", str(error).partition(". ")[0] + ".")
+            self.strict = False
+        finally:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        clear()
+        return compute()
 
 
 def native_bf16(device: torch.device) -> bool:

@@ -22,6 +22,7 @@ from forgetrace.artifacts import (
     write_json,
 )
 from forgetrace.config import Region
+from forgetrace.datasets.images import read_own
 from forgetrace.layout import Layout
 
 THRESHOLD = 0.3  # confidence of a detected box
@@ -100,13 +101,13 @@ def pixels_of_boxes(boxes: list, size: tuple[int, int], place: str) -> np.ndarra
 
 
 def pixels_of_mask(path: str, size: tuple[int, int], place: str) -> np.ndarray:
-    """What is brighter than half in a mask image; (height, width), bool.
+    """What is brighter than half in a mask image, and opaque; (height, width), bool.
 
     Raises:
         UserError: the image is missing, of another size, or nothing in it is bright.
     """
     try:
-        mask = read_image(path)
+        mask = np.asarray(read_own(path, ground="black"))
     except UserError:
         raise UserError(f"{place}.mask: {path} is missing or no image that can be read.") from None
     if mask.shape[:2] != tuple(size):

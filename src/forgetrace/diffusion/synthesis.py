@@ -21,7 +21,7 @@ from forgetrace.artifacts import (
     write_image,
     write_json,
 )
-from forgetrace.datasets.images import read_square
+from forgetrace.datasets.images import read_own, read_square
 from forgetrace.datasets.prepare import read_pool
 from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_scheduler, load_unet
@@ -209,7 +209,7 @@ def _latent_of_file(layout: Layout, path: str, device: torch.device) -> np.ndarr
     height, width, _ = read_json(layout.encode_manifest)["image_shape"]
     size = layout.config.prepare.size
     try:
-        pixels = read_image(path) if size is None else read_square(path, size)
+        pixels = np.asarray(read_own(path)) if size is None else read_square(path, size)
     except UserError:
         raise UserError(
             f"{path} is missing or no image that can be read: put the picture of the query there, "

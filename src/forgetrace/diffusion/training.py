@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from forgetrace.artifacts import UserError, atomic, fingerprint, read_json, stage_versions, write_json, write_tensors
 from forgetrace.config import Train
 from forgetrace.diffusion.captured import Captured
-from forgetrace.diffusion.device import make_deterministic, pick_device, processor_name, resolve_precision
+from forgetrace.diffusion.device import (
+    Repeatable,
+    make_deterministic,
+    native_bf16,
+    pick_device,
+    processor_name,
+    resolve_precision,
+)
 from forgetrace.diffusion.draws import draw_step
 from forgetrace.diffusion.given import check_fits, given_source
 from forgetrace.diffusion.loss import example_losses
@@ -63,6 +71,22 @@ def learning_rate(recipe: Train, step: int) -> float:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
     share = (step - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps)
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def precision_of(layout: Layout, device: torch.device) -> str:
+    """The precision of all trainings of an experiment: what the config leaves open, the θ0 that is there has decided.
+
+    Else a model of a node without bf16 would be compared with a θ0 of one that has it.
+    """
+    wanted = layout.config.train.precision
+    if wanted == "auto":
+        with contextlib.suppress(UserError):
+            wanted = read_json(layout.recipe).get("precision", wanted)
+    if wanted == "bf16" != layout.config.train.precision and not native_bf16(device):
+        log.warning(
+            "θ0 was trained in bf16, which is slow on this processor: set train.precision and train another θ0."
+        )
+    return resolve_precision(wanted, device)
 
 
 def training_key(layout: Layout, training: Training, precision: str) -> str:
@@ -162,7 +186,7 @@ def begin(layout: Layout, encoded: Encoded, trainings: Sequence[Training], devic
         raise UserError(f"No model can be trained here: {recipe.lacks}.")
     torch.set_num_threads(recipe.threads)
     target = pick_device(device)
-    precision = resolve_precision(recipe.precision, target)
+    precision = precision_of(layout, target)
     accelerator = Accelerator(cpu=target.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
     if recipe.batch_size % accelerator.num_processes:
         raise UserError(
@@ -204,7 +228,7 @@ class _Loop:
         # In bf16 on a CPU the fused attention kernel's backward takes half of the step.
         math_attention = precision == "bf16" and accelerator.device.type == "cpu"
         self.attention = (lambda: sdpa_kernel(SDPBackend.MATH)) if math_attention else contextlib.nullcontext
-        self.gradients = self._recomputed
+        self.repeatable, self.gradients = Repeatable(accelerator.device), self._recomputed
         if accelerator.device.type == "cuda" and accelerator.num_processes == 1:
             self.gradients = Captured(self._gradients, self.optimizer.zero_grad)
         self.step, self.losses = 0, []
@@ -247,10 +271,13 @@ class _Loop:
                     "lower train.learning_rate or raise train.warmup_steps."
                 )
 
-    def _gradients(
+    def _gradients(self, *batch: torch.Tensor) -> torch.Tensor:
+        """Leave the gradients of a batch; the mean loss of each model, (M,)."""
+        return self.repeatable(partial(self._computed, *batch), self.optimizer.zero_grad)
+
+    def _computed(
         self, latents: torch.Tensor, captions: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
-        """Leave the gradients of a batch; the mean loss of each model, (M,)."""
         with self.attention():
             losses = example_losses(self.unet, self.scheduler, latents, captions, timesteps, noise)
             losses = losses.view(len(self.trainings), -1).mean(dim=1)

@@ -32,6 +32,8 @@ def check_data(layout: Layout) -> None:
     for key in ("k", "pooled_k") if config.leaves_out else ():
         if too_large := [k for k in getattr(config.retrain, key) if k >= images]:
             raise UserError(f"retrain.{key}: {too_large[0]} images cannot be left out of {images}; choose a smaller K.")
+    if config.scan.narrowing and (top := max(config.scan.narrowing.tops)) >= images:
+        raise UserError(f"scan.narrowing.tops: there is no top {top} of {images} images; choose smaller ones.")
 
 
 def _shape_and_count(layout: Layout) -> tuple[list[int], int]:

@@ -99,19 +99,12 @@ def check_given(config: Config, images: int | None = None) -> None:
             count = read_queries(folder, entry.name)["count"]
             if entry.count > count:
                 raise UserError(f"synthesize.queries: {folder} has {count} queries '{entry.name}', not {entry.count}.")
-    for curvature in sorted(_curvatures(config)):
+    for curvature in config.curvatures():
         if config.fit.given and not Path(path := fitted_file(config.fit.given, curvature)).is_file():
             raise UserError(
                 f"fit.given: {path} is missing, the release has no curvature '{curvature}': choose the one it has for "
                 f"every variant and method, or run `{IMPORT}` again."
             )
-
-
-def _curvatures(config: Config) -> set[str]:
-    """Curvatures that variants step by and influence functions invert."""
-    methods = config.score.methods.items()
-    inverted = {own.curvature or "diagonal" for name, own in methods if (own.attributor or name) == "influence"}
-    return ({variant.curvature for variant in config.unlearn.values()} | inverted) - {"none"}
 
 
 def given_fits(folder: str | None) -> dict[str, str]:

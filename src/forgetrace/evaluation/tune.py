@@ -34,9 +34,9 @@ from forgetrace.config import Config, parse_config
 from forgetrace.counterfactual.measure import brief_measures, measure_key
 from forgetrace.counterfactual.retrain import measured_before, retrained_unet
 from forgetrace.curvature.fit import fit
-from forgetrace.diffusion.device import pick_device, resolve_precision
+from forgetrace.diffusion.device import pick_device
 from forgetrace.diffusion.model import load_unet
-from forgetrace.diffusion.training import Training, discard_checkpoints, train, training_key
+from forgetrace.diffusion.training import Training, discard_checkpoints, precision_of, train, training_key
 from forgetrace.encoding.given import fitted_file, given_fits
 from forgetrace.encoding.store import load_encoded
 from forgetrace.evaluation.lds import correlations, read_halves
@@ -177,7 +177,7 @@ def rise_without(
         raise UserError(f"--leave-out: {k} images of each query are all there are; choose a smaller K.")
     name = f"tune-{fingerprint(np.flatnonzero(removed).tolist())[:12]}"  # the folder of its checkpoints
     training = Training(name, layout.config.seed, removed)
-    key = training_key(layout, training, resolve_precision(layout.config.train.precision, target))
+    key = training_key(layout, training, precision_of(layout, target))
     keys = {query: measure_key(layout, query, key) for query in queries}
     path = layout.tuned(key)
     if (said := measured_before(path, keys)).keys() != keys.keys():

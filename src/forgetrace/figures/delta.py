@@ -1,6 +1,6 @@
 """What removing top-ranked images did: three metrics against K, method by method; of regions, inside and outside.
 
-A few methods stand side by side above each K; many have a row each, in a panel per K.
+A few methods stand side by side above each K; many, or two of one colour, have a row each, in a panel per K.
 """
 
 import numpy as np
@@ -34,8 +34,9 @@ def draw(layout: Layout, name: str) -> None:
         if (summary["metric"] == metric).any()
     ]
     methods = _measured(layout, summary)
+    apart = len({colour_of(layout, method) for method in methods}) == len(methods)
     with look():
-        if len(methods) <= SIDE_BY_SIDE:
+        if apart and len(methods) <= SIDE_BY_SIDE:
             figure = _side_by_side(layout, shown, summary, values)
         else:
             figure = _in_rows(layout, shown, methods, summary, values)
@@ -158,14 +159,14 @@ def _method(
 
 
 def _p_values(axes: Axes, layout: Layout, methods: list[str], ks: list[int], summary: pd.DataFrame) -> None:
-    """Write p against random above each K, one line per method, in room made above the data."""
+    """Write Holm's p against random above each K, one line per method, in room made above the data."""
     line = 0.05  # of the height of the panel
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + (high - low) * line * len(methods))
     for i, method in enumerate(methods):
         for row in summary[summary["method"] == method].itertuples():
             axes.annotate(
-                f"p = {row.p_vs_random:.2g}",
+                f"{method}: {row.p_vs_random_holm:.2g}",
                 xy=(ks.index(row.k), 1.0 - line * i),
                 xycoords=("data", "axes fraction"),
                 ha="center",
@@ -189,5 +190,5 @@ def _legend(layout: Layout, summary: pd.DataFrame) -> list:
         handles.append(Line2D([], [], markeredgecolor="white", markersize=7, label=method, **look_of))
     handles += [Patch(**_band_style(layout, method), label=label) for method, label in _bands(summary).items()]
     dot = Line2D([], [], color=MUTED, marker="o", markersize=3, linewidth=0, label="one query")
-    interval = Line2D([], [], color=INK, linewidth=2, label="95% interval (p: against random)")
+    interval = Line2D([], [], color=INK, linewidth=2, label="95% interval (above: p against random, Holm)")
     return [*handles, dot, interval]

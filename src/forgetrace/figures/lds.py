@@ -50,7 +50,8 @@ def _score(axes: Axes, layout: Layout, methods: list[str], summary: pd.DataFrame
     rows.dots(axes, layout, methods, values.rename(columns={"lds": "value"}))
     rows.means(axes, layout, methods, summary)
     rows.label(axes, layout, methods)
-    halves = int(summary["halves"].iloc[0])
+    # Rows of an earlier evaluation may rest on fewer.
+    halves = "–".join(str(int(count)) for count in sorted({summary["halves"].min(), summary["halves"].max()}))
     axes.set_title(f"Linear datamodeling score, {halves} halves")
     axes.set_xlabel("rank correlation of foretold and true losses →", color=MUTED)
 
