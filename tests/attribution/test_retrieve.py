@@ -266,11 +266,11 @@ def test_features_of_an_image_encoder_are_computed_for_exemplars_alone(layout, m
     layout = customised_layout(monkeypatch, score={"methods": methods})
     EncodedImages(layout, "efficientnet-lite0").fit()
     seen.clear()
+    base = sha256_of(layout.features(EncodedImages(layout, "efficientnet-lite0").name))
     own = candidates(layout, style(layout), ["efficientnet"])
     assert sum(seen) == 3
     scores = attributor(own, "efficientnet").scores(own.config.queries()[0])
     assert scores.shape == (43,)
-    base = sha256_of(layout.features(EncodedImages(layout, "efficientnet-lite0").name))
     assert base == sha256_of(layout.features(EncodedImages(layout, "efficientnet-lite0").name))
 
 

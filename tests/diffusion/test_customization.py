@@ -22,6 +22,7 @@ from forgetrace.config import Customize
 from forgetrace.datasets.concepts import names, query_names
 from forgetrace.diffusion import customization
 from forgetrace.diffusion.customization import customize, prior_rows
+from forgetrace.diffusion.loss import draw_losses
 from forgetrace.diffusion.synthesis import generate
 from forgetrace.encoding.store import load_encoded
 
@@ -42,6 +43,32 @@ def test_only_keys_values_and_the_row_of_the_token_change(layout):
     assert changed.keys() == {name for name in before if ".attn2.to_k." in name or ".attn2.to_v." in name}
     assert all(not torch.equal(changed[name], before[name]) for name in changed)
     assert {name: tuple(value.shape) for name, value in read_tensors(files["token"]).items()} == {"token": (16,)}
+
+
+def test_a_step_goes_down_the_loss_of_exemplars_and_of_the_prior_set(layout, monkeypatch):
+    """Gradients of the first step against those of the two losses, one by one."""
+    seen, whole = [], customization._gradients
+
+    def first(unet, scheduler, token, distinct, rows, latents, prior_states, timesteps, noise, prior_weight):
+        mean = whole(unet, scheduler, token, distinct, rows, latents, prior_states, timesteps, noise, prior_weight)
+        weights = [*(weight for weight in unet.parameters() if weight.requires_grad), token.row]
+        if not seen:
+            count, states = len(rows), torch.cat([token.states(distinct)[rows], prior_states])
+            parts = [
+                draw_losses(unet, scheduler, latents[of], states[of], timesteps[of], noise[of]).mean()
+                for of in (slice(count), slice(count, None))
+            ]
+            expected = torch.autograd.grad(parts[0] + 3 * parts[1], weights)
+            seen.extend(zip(weights, [weight.grad.clone() for weight in weights], expected, strict=True))
+            assert mean == pytest.approx(parts[0].item(), rel=1e-5)
+        return mean
+
+    monkeypatch.setattr(customization, "_gradients", first)
+    layout = customised_layout(monkeypatch, customize={"prior_weight": 3})
+    customize(layout, names(layout.config.customize, 5)["test"][0], "cpu")
+    assert seen
+    for _, found, expected in seen:
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
 
 
 def test_other_weights_are_trained_where_the_config_says_so(tiny, monkeypatch):

@@ -68,3 +68,13 @@ def test_a_step_is_a_function_of_seed_and_step():
 def test_removing_every_image_is_an_error():
     with pytest.raises(ValueError, match="every training image is removed"):
         draw(0, np.ones(IMAGES, dtype=bool))
+
+
+def test_golden_draws():
+    """What every result of the project follows from: another order of calls would change all of them."""
+    step = draw_step(0, 7, np.arange(50) < 25, 6, 1000, (1, 2, 2), 0.5)
+    assert step.rows.tolist() == [29, 30, 38, 45, 47, 27]
+    assert step.timesteps.tolist() == [144, 649, 534, 512, 572, 401]
+    assert step.dropped.tolist() == [False, False, False, True, True, False]
+    np.testing.assert_allclose(step.noise[0].ravel(), [-0.617, 2.3267, -0.7789, -0.3405], atol=1e-4)
+    np.testing.assert_allclose(step.picks[0], [0.4712, 0.0823], atol=1e-4)

@@ -127,14 +127,26 @@ def test_training_starts_from_the_parent(folder):
 
 
 def test_leave_k_out_models_start_from_the_parent_of_a_given_model(folder):
-    train = {"pretrained": "pipeline", "parent": "pipeline", **RECIPE, "learning_rate": 1e-3}
+    """And not from θ0, which has seen the images that are left out."""
+    shutil.copytree(folder, "parent")
+    given_unet("pipeline", "x").apply(another).save_pretrained("parent/unet")
+    train = {"pretrained": "pipeline", "parent": "parent", **RECIPE, "learning_rate": 1e-3}
     layout = encoded(experiment(train, retrain={"k": [5], "random_draws": 1, "seeds": 0}))
     train_base(layout, CPU)
     assert len(layout.shared_models()) == 2
     retrain(layout, [("random", 5, "draw0")], CPU)
     trained, theta0 = read_tensors(layout.retrained("random", 5, "draw0")), read_tensors(layout.weights)
-    moved = max((trained[name] - theta0[name]).abs().max().item() for name in theta0)
+    parent = given_unet("parent", "x").state_dict()
+    moved = max((trained[name] - parent[name]).abs().max().item() for name in parent)
     assert 0 < moved < 0.02  # three steps of at most 1e-3 away
+    assert max((trained[name] - theta0[name]).abs().max().item() for name in theta0) > 0.05
+
+
+@torch.no_grad()
+def another(module: torch.nn.Module) -> None:
+    """Weights a tenth away."""
+    for weight in module.parameters(recurse=False):
+        weight += 0.1
 
 
 def test_another_parent_is_another_training(folder):

@@ -99,3 +99,14 @@ def test_noises_of_several_images_are_those_of_each():
         pairs = [("a", 1), ("a", 2), ("b", 3), ("b", 0)]
         expected = np.stack([bank(shared).noise(*pair) for pair in pairs])
         np.testing.assert_array_equal(some, expected)
+
+
+def test_golden_draws():
+    """What every result of the project follows from."""
+    shared, own = (NoiseBank(0, "scan", np.array([3, 5]), (1, 1, 2), shared=shared) for shared in (True, False))
+    np.testing.assert_allclose(shared.noise("digit-7", 1).ravel(), [-0.9595, 0.5048], atol=1e-4)
+    np.testing.assert_allclose(own.noise("digit-7", 1).ravel(), [-0.6606, 1.7715], atol=1e-4)
+    assert even_timesteps(0, "scan", 4, 1000).tolist() == [448, 66, 684, 302]
+    timesteps, noise = monte_carlo(0, "fisher", range(2, 5), 1000, (1, 1, 2))
+    assert timesteps.tolist() == [47, 553, 169]
+    np.testing.assert_allclose(noise.ravel(), [-0.6231, 1.7092, -0.058, -0.6254, 0.2937, -0.1748], atol=1e-4)

@@ -1,5 +1,7 @@
 """GroundingDINO with invented weights, saved to a folder as ``transformers`` saves it."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -41,12 +43,30 @@ def folder(tmp_path_factory):
     return folder
 
 
+def expected(folder, image: np.ndarray) -> list[list[int]]:
+    """Every box the network proposes: from its shares of width and height, middle first, to corners in pixels."""
+    from PIL import Image
+    from transformers import AutoProcessor, GroundingDinoForObjectDetection
+
+    inputs = AutoProcessor.from_pretrained(folder)(images=Image.fromarray(image), text="a dog.", return_tensors="pt")
+    with torch.no_grad():
+        shares = GroundingDinoForObjectDetection.from_pretrained(folder).eval()(**inputs).pred_boxes[0].numpy()
+    height, width = image.shape[:2]
+    found = []
+    for x, y, wide, high in shares.tolist():
+        left, right = max(0, math.floor((x - wide / 2) * width)), min(width, math.ceil((x + wide / 2) * width))
+        top, bottom = max(0, math.floor((y - high / 2) * height)), min(height, math.ceil((y + high / 2) * height))
+        if left < right and top < bottom:
+            found.append([left, top, right, bottom])
+    return found
+
+
 def test_boxes_of_a_phrase_lie_in_the_image(folder):
     image = np.random.default_rng(0).integers(0, 256, size=(48, 64, 3), dtype=np.uint8)
     boxes = detect(image, "A dog", str(folder), 1e-6, CPU)
     assert boxes == detect(image, "a dog.", str(folder), 1e-6, CPU)
     assert boxes
-    assert all(0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 48 for x0, y0, x1, y1 in boxes)
+    assert boxes == expected(folder, image)
     assert detect(image, "a dog", str(folder), 0.999999, CPU) == []
 
 

@@ -35,7 +35,8 @@ def test_a_value_is_judged_by_the_ranking_that_a_run_with_it_would_print(layout)
         ranks = read_table(own.retrieved(model, "unlearn", query)).set_index("image_id")["rank"]
         assert ap == average_precision(np.array([ranks[exemplar_ids(model, 1)[0]]]))
         shutil.rmtree(f"{layout.root}/retrieve")  # the next value starts anew
-    assert best(tried) in ("1e-4", "3e-3")
+    means = tried.groupby("value")["ap"].mean()
+    assert means[best(tried)] == means.max()
 
 
 def test_values_that_were_tried_are_not_tried_again(layout, monkeypatch):

@@ -41,17 +41,16 @@ BY_HAND = {
         "train": (1, 1, 60 * 16),
         "synthesize": (2, 0, 2 * 5),
         "fit": (1, 0, 200),
-        # MUCS has steps of 16 draws of the query and 16 of images, and an untrained model's loss.
         # Each variant generates 2 queries and 2 others before, and 1 + 2 images for each query afterwards.
         "unlearn": (
-            4 * 2 + 4,
+            2 * 2 + 2,
             0,
-            2 * (64 + 64 + 2 * 16 + 2 * 2 * 16 + 1000) + 8 * 2 * (1000 + 4 * 256) + 4 * (2 + 2 + 2 * 3) * 5,
+            2 * (64 + 64) + 4 * 2 * (1000 + 4 * 256) + 2 * (2 + 2 + 2 * 3) * 5,
         ),
-        "scan": (1 + 4 * 2, 0, 9 * 300 * 4),
-        "score": (8 * 2 + 3, 0, 0),  # three methods score all queries in one job
+        "scan": (1 + 2 * 2, 0, 5 * 300 * 4),
+        "score": (4 * 2 + 1, 0, 0),  # one method scores all queries in one job
         # Besides those of the queries: 2 halves twice, a pool of each method; asked about both queries.
-        "retrain": (2 + 1 + 2 * 2 + 4 + 11, 22, 22 * 60 * 16 + (4 + 15 * 2) * (20 + 5)),
+        "retrain": (2 + 1 + 2 * 2 + 4 + 5, 16, 16 * 60 * 16 + (4 + 9 * 2) * (20 + 5)),
         "measure": (2, 0, 2 * (1 + 2 + 1) * (20 + 5)),
         "evaluate": (1, 0, 0),
         "figures": (1 + 2 * 2 + 3, 0, 0),

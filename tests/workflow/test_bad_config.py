@@ -21,7 +21,7 @@ MISTAKES = {
     "a factor that does not divide": ("max_images: 300", "factor: 3", ["encode.factor", "16x16"]),
     "pools of all captions": ("dataset: digits", "tuning_captions: 1998", ["prepare.tuning_captions", "2058 distinct"]),
     "a seed too long for the generator": ("dataset: digits", f"seed: {2**128}", ["prepare.seed"]),
-    "an unknown method": ("pixel: {}", "pixels: {}", ["score.methods.pixels"]),
+    "an unknown method": ("trak: {", "traks: {", ["score.methods.traks"]),
     "an unknown variant": ("unlearn: {step_size", "forget: {step_size", ["score.methods.unlearn", "forget"]),
     "an unknown pool": ("pool: report", "pool: reports", ["pool"]),
     "more queries than captions": ("count: 2", "count: 2000", ["synthesize.queries", "report"]),

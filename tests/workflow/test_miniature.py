@@ -38,7 +38,7 @@ SETTINGS = {
         "snapshots": 2,
         "checkpoint_every": 6,
     },
-    "synthesize": {"queries": [{"pool": "report", "count": 2}], "sampler_steps": 3, "guidance": 3.0},
+    "synthesize": {"queries": [{"pool": "report", "count": 1}], "sampler_steps": 3, "guidance": 3.0},
     "fit": {"draws": 64},
     "unlearn": {
         "unlearn": {"weights": "cross-attn-kv", "step_size": 1e-5, "draws": 32},

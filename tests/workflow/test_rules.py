@@ -130,6 +130,19 @@ def test_tables_are_made_of_what_the_config_asks_for(checkout):
         assert {name for name in tables if f"evaluate/{name}.csv" in outputs.partition("log:")[0]} == left
 
 
+def test_files_of_an_encoder_that_is_a_folder_are_inputs(checkout):
+    folder = checkout.folder / "enc"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    config = (ROOT / "config/smoke.yaml").read_text(encoding="utf-8")
+    own = "    own: {attributor: image-features, encoder: enc}\n    random: {}\n"
+    (checkout.folder / "encoder.yaml").write_text(config.replace("    random: {}\n", own))
+    planned = checkout("snakemake", "-n", "all_fit", "--configfile", "encoder.yaml").stdout
+    shutil.rmtree(folder)
+    fits = [job for job in planned.split("\nrule ") if job.startswith("fit_features:")]
+    assert any("enc/model.safetensors" in job.partition("output:")[0] for job in fits)
+
+
 def test_shards_are_jobs_that_their_scan_waits_for(checkout):
     config = (ROOT / "config/smoke.yaml").read_text(encoding="utf-8")
     (checkout.folder / "shards.yaml").write_text(config.replace("timesteps: 4", "timesteps: 4\n  shards: 3"))
@@ -140,7 +153,7 @@ def test_shards_are_jobs_that_their_scan_waits_for(checkout):
 
 def test_a_narrowed_scan_waits_for_the_base_models(checkout):
     config = (ROOT / "config/smoke.yaml").read_text(encoding="utf-8")
-    rounds = "narrowing: {first: 2, mean: 3, most: 6, tops: [20]}"
+    rounds = "narrowing: {first: 2, mean: 3, most: 6, tops: [10, 20]}"
     (checkout.folder / "narrowed.yaml").write_text(config.replace("timesteps: 4", rounds).replace(", score: skew", ""))
     planned = checkout("snakemake", "-n", "all_scan", "--configfile", "narrowed.yaml").stdout
     jobs = [job for job in planned.split("rule ") if job.startswith("scan:")]

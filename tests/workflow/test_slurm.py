@@ -172,6 +172,7 @@ def repeat_evaluation_by_dvc(story: Story) -> None:
     checkout, known = story.checkout, {job["JobId"] for job in accounts()}
     checkout("git", "init", "--quiet")
     checkout("dvc", "add", "--quiet", "data")
+    checkout("dvc", "commit", "--quiet", "--force")
     shutil.rmtree(checkout.folder / "results/digits/evaluate")
     said = checkout("dvc", "repro").stdout
     story.by_dvc = said, [job for job in accounts() if job["JobId"] not in known]

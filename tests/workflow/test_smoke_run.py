@@ -1,7 +1,8 @@
 """One small experiment run for real, and what a changed, killed or cloned one does afterwards.
 
 The smoke experiment takes the place of ``digits`` in a checkout, so that dvc.yaml applies to it. All
-tests share that one run; those that change something plan it only, or work in a copy.
+tests share that one run; those that change something plan it only, or work in a copy. Over SSH, data and results go
+through a server on this machine's loopback interface, where FORGETRACE_TEST_SSH=1 says so.
 """
 
 import json
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import time
 from base64 import urlsafe_b64decode
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,8 @@ import psutil
 import pytest
 import yaml
 
-from .conftest import REPRODUCE, Checkout, copy_of, edited, layout_of, pull, wait_for
+from . import loopback
+from .conftest import REPRODUCE, Checkout, clone_of, copy_of, edited, layout_of, pull, wait_for
 from .test_dvc_stages import STAGE_OF, STAGES
 
 pytestmark = pytest.mark.slow
@@ -81,7 +84,7 @@ def test_a_query_adds_only_its_own_jobs(smoke):
     with edited(smoke, "config/digits.yaml", "count: 2", "count: 3"):
         planned = smoke.planned()
         config = layout_of(smoke).config
-    variants, judged, together = len(config.unlearn), len(config.retrain.methods), 3
+    variants, judged, together = len(config.unlearn), len(config.retrain.methods), 1
     assert planned == {
         "synthesize": 1,
         "unlearn": variants,
@@ -116,13 +119,53 @@ def test_a_docstring_reruns_nothing(smoke):
 
 
 def test_a_raised_version_reruns_its_stage(smoke):
-    with edited(smoke, "workflow/versions.yaml", "figures: 1", "figures: 2"):
+    with edited(smoke, "workflow/versions.yaml", "figures: ", "figures: 1"):
         assert {rule.partition("_")[0] for rule in smoke.planned()} == {"figure"}
 
 
-def test_how_a_stage_computes_reruns_nothing(smoke):
-    with edited(smoke, "config/digits.yaml", "scan:\n", "scan:\n  batch_size: 7\n"):
-        assert smoke.planned() == {}
+# A key by what it stands in front of, its new value, and the first rules that run again.
+RERUN = {
+    "encode": ("encode", {"max_images": 299}, {"encode"}),
+    "train": ("train", {"learning_rate": 1e-3}, {"train", "retrain_shared", "retrain_half"}),
+    "synthesize": ("synthesize", {"guidance": 2.0}, {"synthesize"}),
+    "fit": ("fit", {"draws": 201}, {"fit"}),
+    "scan": ("scan", {"timesteps": 5}, {"scan_base", "scan"}),
+    "method": ("score", {"methods": {"trak": {"damping": 2.0}}}, {"score_together"}),
+    "measure": ("evaluate", {"draws": 2}, {"measure", "retrain", "retrain_half", "retrain_pool"}),
+    "evaluate": ("evaluate", {"bootstrap": 201}, {"evaluate"}),
+    "figures": ("figures", {"top": 5}, {"figure_attribution"}),
+    "how": ("scan", {"batch_size": 7}, set()),
+}
+
+
+@pytest.mark.parametrize("change", RERUN)
+def test_a_key_reruns_what_hangs_on_it(smoke, change):
+    section, values, first = RERUN[change]
+    path = smoke.folder / "config/digits.yaml"
+    before = path.read_bytes()
+    config = yaml.safe_load(before)
+    merge(config[section], values)
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    try:
+        planned = smoke("snakemake", "-n", "--cores", "1").stdout
+    finally:
+        path.write_bytes(before)
+    assert rules_changed(planned) == first
+
+
+def merge(into: dict, values: dict) -> None:
+    """Set values in nested sections."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def rules_changed(planned: str) -> set[str]:
+    """Rules of which a job runs for its own sake and not because an input does."""
+    jobs = re.findall(r"^rule (\w+):\n(.*?)(?=^rule|^\[|\Z)", planned, flags=re.MULTILINE | re.DOTALL)
+    return {rule for rule, job in jobs if re.search(r"reason: .*Params have changed", job)}
 
 
 def test_shards_leave_the_same_scans_and_nothing_else(smoke, tmp_path):
@@ -182,6 +225,14 @@ def shrink(checkout: Checkout) -> None:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     config["synthesize"]["queries"][0]["count"] = 1
     config["retrain"]["methods"] = ["unlearn"]
+    for section, key in (
+        ("retrain", "subsets"),
+        ("retrain", "subset_seeds"),
+        ("retrain", "pools"),
+        ("retrain", "pooled_k"),
+        ("evaluate", "others"),
+    ):
+        del config[section][key]
     for methods in (config["unlearn"], config["score"]["methods"]):
         for name in set(methods) - {"unlearn"}:
             del methods[name]
@@ -324,6 +375,7 @@ def test_a_changed_parameter_reruns_the_same_stages_in_snakemake_and_dvc(clone):
     with edited(clone, *change):
         stages = {STAGE_OF.get(rule, rule) for rule in clone.planned()}
         changed = set(json.loads(clone("dvc", "status", "--json").stdout))
+    changed.discard("fit")  # looks whether anything must be fitted whenever a variant or method changes
     assert changed <= stages
     assert stages == downstream(changed)
 
@@ -351,3 +403,63 @@ def test_pull_refuses_what_the_lock_does_not_describe(clone, tmp_path):
     assert refused.returncode != 0
     assert "nothing was marked as up to date" in refused.stderr
     assert not (damaged.folder / ".snakemake/metadata").exists()
+
+
+# DVC remotes, in a folder and over SSH, and parameters that DVC changes
+
+
+@pytest.fixture(scope="session")
+def clone_over_ssh(smoke, tmp_path_factory) -> Iterator[Checkout]:
+    """The same over SSH, by a name of the user's own SSH configuration."""
+    if os.environ.get("FORGETRACE_TEST_SSH") != "1":
+        pytest.skip("starts an SSH server of its own: FORGETRACE_TEST_SSH=1")
+    folder = tmp_path_factory.mktemp("ssh")
+    ours = copy_of(smoke, folder)
+    ours("dvc", "remote", "remove", "store", check=False)
+    ours.environment["HOME"] = str(folder)
+    with loopback.ssh(folder) as host:
+        yield clone_of(ours, folder, f"ssh://{host}{folder}/remote")
+
+
+@pytest.mark.parametrize("remote", ["clone", "clone_over_ssh"])
+def test_a_clone_has_the_data_and_the_model_and_nothing_to_do(smoke, request, remote):
+    ours, clone = smoke, request.getfixturevalue(remote)
+    layout = layout_of(ours)
+    for path in (layout.metadata, layout.weights, *layout.snapshots, layout.base_scan):
+        assert (clone.folder / path).read_bytes() == (ours.folder / path).read_bytes(), path
+    assert clone.planned() == {}
+    assert json.loads(clone("dvc", "status", "--json").stdout) == {}
+    assert clone("git", "status", "--porcelain").stdout == ""
+
+
+def test_an_experiment_of_dvc_changes_a_parameter_and_is_compared(smoke, tmp_path):
+    checkout = copy_of(smoke, tmp_path)
+    table = checkout.folder / layout_of(checkout).table("counterfactual")
+    made = table.stat().st_mtime_ns
+    checkout("dvc", "exp", "run", "--name", "fewer", "-S", "config/digits.yaml:evaluate.bootstrap=100")
+    config = yaml.safe_load((checkout.folder / "config/digits.yaml").read_text(encoding="utf-8"))
+    assert config["evaluate"]["bootstrap"] == 100
+    assert table.stat().st_mtime_ns > made
+    assert checkout.planned() == {}
+    _, commit, *_ = json.loads(checkout("dvc", "exp", "show", "--json").stdout)
+    (fewer,) = (row for experiment in commit["experiments"] for row in experiment["revs"])
+    assert fewer["name"] == "fewer"
+    assert [bootstrap(row) for row in (commit, fewer)] == [200, 100]
+
+
+def bootstrap(row: dict) -> int:
+    """A parameter as a row of ``dvc exp show`` has it."""
+    return row["data"]["params"]["config/digits.yaml"]["data"]["evaluate"]["bootstrap"]
+
+
+def test_garbage_collection_keeps_what_the_workspace_and_commits_need(smoke, tmp_path):
+    checkout = copy_of(smoke, tmp_path)
+    layout = layout_of(checkout)
+    stray = checkout.folder / ".dvc/cache/files/md5/00/0123456789abcdef0123456789abcd"
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_text("of a result that no commit names")
+    checkout("dvc", "gc", "--workspace", "--all-commits", "--force")
+    assert not stray.exists()
+    shutil.rmtree(checkout.folder / layout.model)
+    checkout("dvc", "checkout", "--quiet", "train")
+    assert (checkout.folder / layout.weights).exists()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 
@@ -24,10 +25,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def start(folder, **environment) -> subprocess.Popen:
+def start(folder, umask: int = -1, **environment) -> subprocess.Popen:
     command = [sys.executable, str(SCRIPT), "config.yaml", "--cores", "1", "--rerun-incomplete", "--quiet", "all"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=os.environ | environment, start_new_session=True, **pipes)
+    return subprocess.Popen(
+        command, cwd=folder, env=os.environ | environment, start_new_session=True, umask=umask, **pipes
+    )
 
 
 def kill(run: subprocess.Popen) -> None:
@@ -67,6 +70,14 @@ def test_of_two_runs_started_at_once_after_a_kill_one_ends_and_the_other_refuses
     assert (first.returncode, said.count("left its lock: removing it")) == (0, 1), said
     assert (killed / "done.txt").exists()
     assert locks(killed) == []
+
+
+def test_the_folder_of_a_group_is_not_the_first_ones_alone(folder):
+    """docs/cluster.md has its users set the umask 002."""
+    (folder / "fast").touch()
+    run = start(folder, umask=0o002)
+    assert run.communicate(timeout=300)[1] == ""
+    assert stat.filemode((folder / ".snakemake/run").stat().st_mode) == "-rw-rw-r--"
 
 
 def test_a_run_on_another_machine_is_named(folder):

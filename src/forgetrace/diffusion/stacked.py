@@ -81,21 +81,24 @@ class _Patches(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        """Add up what every patch says of a position."""
-        total = _padded(gradient, ctx.shape, ctx.padding)
+        """Add up what every patch says of a position; not in bf16, which convolutions do not add up in either."""
+        summed = torch.promote_types(gradient.dtype, torch.float32)
+        total = _padded(gradient, ctx.shape, ctx.padding, summed)
         rows, columns = gradient.shape[1:3]
         for y in range(ctx.kernel[0]):
             for x in range(ctx.kernel[1]):
                 down = slice(y, y + (rows - 1) * ctx.stride[0] + 1, ctx.stride[0])
                 right = slice(x, x + (columns - 1) * ctx.stride[1] + 1, ctx.stride[1])
                 total[:, down, right] += gradient[:, :, :, y, x]
-        return total[_inside(ctx.shape, ctx.padding)].permute(0, 3, 1, 2), None, None, None
+        return total[_inside(ctx.shape, ctx.padding)].permute(0, 3, 1, 2).to(gradient.dtype), None, None, None
 
 
-def _padded(like: torch.Tensor, shape: torch.Size, padding: tuple[int, int]) -> torch.Tensor:
+def _padded(
+    like: torch.Tensor, shape: torch.Size, padding: tuple[int, int], dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Zeros for images of a shape (N, C, H, W) with their padding, (N, H + …, W + …, C)."""
     count, channels, height, width = shape
-    return like.new_zeros(count, height + 2 * padding[0], width + 2 * padding[1], channels)
+    return like.new_zeros(count, height + 2 * padding[0], width + 2 * padding[1], channels, dtype=dtype)
 
 
 def _inside(shape: torch.Size, padding: tuple[int, int]) -> tuple[slice, slice, slice]:
