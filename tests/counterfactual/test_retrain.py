@@ -338,7 +338,11 @@ def test_checkpoints_of_models_that_have_said_all_are_removed(measured, training
     left = Path(checkpoints_of(measured, [module.training_of(measured, load_encoded(measured), *MODEL)]), "last.pt")
     left.parent.mkdir(parents=True)
     left.write_text("of a run that was killed before it tidied up")
-    retrain(measured, [MODEL], "cpu")
+    stack = Path(measured.checkpoints("stacked"), "some")
+    for names in (["unlearn-k10-report-00"], ["unlearn-k10-report-00", "another"]):
+        write_json(stack / "names.json", names)
+        retrain(measured, [MODEL], "cpu")
+        assert stack.exists() == (len(names) == 2)  # of a job that may go on
     assert trainings == []
     assert not left.exists()
 

@@ -12,8 +12,11 @@ from forgetrace.diffusion import base, synthesis, training
 from forgetrace.diffusion.base import train_base
 from forgetrace.diffusion.device import resolve_precision
 from forgetrace.diffusion.synthesis import synthesize
+from forgetrace.diffusion.training import Training
+from forgetrace.encoding.store import load_encoded
+from forgetrace.layout import BASE
 
-from ..conftest import settings
+from ..conftest import IMAGES, settings
 
 
 def of_another_machine(layout) -> None:
@@ -76,14 +79,20 @@ def test_the_precision_that_is_left_open_is_theta0s(tiny, monkeypatch, caplog):
     """A retraining on a node with other hardware is compared with that model."""
     monkeypatch.setattr(training, "native_bf16", lambda device: False)
     of = lambda layout: training.precision_of(layout, torch.device("cpu"))  # noqa: E731
-    record, open_ = read_json(tiny.recipe), replace(tiny, config=settings(train={"precision": "auto"}))
-    write_json(tiny.recipe, record | {"precision": "bf16"})
+    open_ = replace(tiny, config=settings(train={"precision": "auto"}))
+    own = Training(BASE, 5, np.zeros(IMAGES, dtype=bool))
+    write_json(tiny.recipe, {"precision": "bf16", "key": training.training_key(open_, own, "bf16")})
     assert of(open_) == "bf16"
+    monkeypatch.delattr(training, "Accelerator")  # of which a process has one, with one precision
+    with pytest.raises(NameError):
+        training.begin(open_, load_encoded(tiny), [own], "cpu")
     assert "slow on this" in caplog.text
     assert of(replace(tiny, config=settings(train={"precision": "fp32"}))) == "fp32"
+    left = resolve_precision("auto", torch.device("cpu"))
+    assert of(replace(tiny, config=settings(train={"precision": "auto", "steps": 9}))) == left  # another θ0 to come
     for torn in ("{}", "no JSON"):
         Path(tiny.recipe).write_text(torn)
-        assert of(open_) == resolve_precision("auto", torch.device("cpu"))
+        assert of(open_) == left
 
 
 def test_a_query_is_kept_with_the_theta0_that_made_it(tiny, monkeypatch):

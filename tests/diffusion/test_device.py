@@ -90,6 +90,7 @@ def test_gradients_are_repeatable_or_it_is_said_that_they_are_not(caplog):
 
     repeatable = device.Repeatable(torch.device("cpu"))
     assert not repeatable.strict  # a single thread repeats itself
+    assert not device.Repeatable(torch.device("cuda"), processes=2).strict
     repeatable.strict = True  # as on a GPU
     try:
         with pytest.warns(UserWarning, match="put_"):  # PyTorch's own, once it only warns

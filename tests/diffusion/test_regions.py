@@ -132,6 +132,9 @@ def test_what_is_transparent_or_dark_in_16_bits_is_outside_a_mask(tmp_path):
     Image.fromarray(mask).save(path)
     left = np.arange(6) < 3
     assert np.array_equal(pixels_of_mask(path, (4, 6), "r"), np.tile(left, (4, 1)))
+    Image.new("F", (6, 4)).save(tmp_path / "mask.tiff")
+    with pytest.raises(UserError, match=r"mask.tiff is missing .* \(32-bit gray has no fixed white: save it with 8"):
+        pixels_of_mask(str(tmp_path / "mask.tiff"), (4, 6), "r")
     Image.fromarray(np.where(np.tile(left, (4, 1)), 65535, 1000).astype(np.uint16)).save(path)
     assert np.array_equal(pixels_of_mask(path, (4, 6), "r"), np.tile(left, (4, 1)))
 

@@ -31,6 +31,10 @@ rule fit:
 rule fit_features:
     input:
         lambda wildcards: FEATURES[wildcards.features].inputs(),
+        # Files of an encoder that is a folder; the features' record has their hashes.
+        lambda wildcards: pipeline.local_files(
+            getattr(FEATURES[wildcards.features], "encoder", None), ["."]
+        ),
     output:
         layout.features("{features}"),
         layout.features_record("{features}"),
@@ -75,7 +79,11 @@ use rule fit as fit_ekfac with:
 
 rule all_fit:
     input:
-        [path for variant in layout.config.unlearn for path in fitted(variant)],
+        [
+            path
+            for curvature in layout.config.curvatures()
+            for path in layout.fitted(curvature)
+        ],
         # Customised models have features of the UNet each for itself.
         [
             layout.features(name)

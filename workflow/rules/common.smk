@@ -28,7 +28,7 @@ if not workflow.configfiles:
     configfile: "config/digits.yaml"
 
 
-# Keys that say how a stage computes, not what: a change of them runs nothing again.
+# Keys that say how a stage computes, not what: a change of them runs nothing again, but for what keep_weights asks for.
 MECHANICS = {
     ("train", "checkpoint_every"),
     ("fit", "chunk"),
@@ -95,6 +95,10 @@ GIVEN_ENCODED = (
 PARENT = pipeline.local_files(layout.config.train.parent, ["unet", "scheduler"])
 
 
+# What was made of images and masks of one's own while they were read without their orientation and transparency.
+READ_ANEW = {"read": "upright, transparent parts apart"}
+
+
 def one_of(names):
     """The wildcard constraint that admits these names; none where the list is empty."""
     return "|".join(map(re.escape, names)) or "(?!)"
@@ -116,11 +120,6 @@ def log_file(stage, *names):
 
 def benchmark_file(stage, *names):
     return layout.timing(stage, *names)
-
-
-def training_minutes(wildcards, attempt):
-    """The wall time of a training: a longer one is submitted again, and goes on from its checkpoint."""
-    return 240 * attempt
 
 
 def shaped_by(stages, *keys, **more):

@@ -29,7 +29,7 @@ rule retrain_shared:
     threads: layout.config.train.threads
     resources:
         mem_mb=3000,
-        runtime=training_minutes,
+        runtime=240,
         gpu=1,
     params:
         config=CONFIG_FILE,
@@ -67,7 +67,7 @@ rule retrain:
     threads: layout.config.train.threads
     resources:
         mem_mb=3000,
-        runtime=training_minutes,
+        runtime=240,
         gpu=1,
     params:
         config=CONFIG_FILE,
@@ -111,7 +111,7 @@ rule retrain_half:
     threads: layout.config.train.threads
     resources:
         mem_mb=3000,
-        runtime=training_minutes,
+        runtime=240,
         gpu=1,
     params:
         config=CONFIG_FILE,
@@ -163,7 +163,7 @@ if STACKED:
         threads: layout.config.train.threads
         resources:
             mem_mb=8000,
-            runtime=lambda wildcards, attempt: 2 * training_minutes(wildcards, attempt),
+            runtime=480,
             gpu=1,
         params:
             config=CONFIG_FILE,

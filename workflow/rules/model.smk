@@ -25,7 +25,7 @@ rule train:
     threads: layout.config.train.threads
     resources:
         mem_mb=3000,
-        runtime=training_minutes,
+        runtime=240,
         gpu=1,
     params:
         config=CONFIG_FILE,
@@ -71,6 +71,7 @@ rule synthesize:
             ("synthesize", "sampler_steps"),
             ("synthesize", "guidance"),
             prompt=getattr(layout.config.image_query(wildcards.query), "prompt", None),
+            **READ_ANEW if layout.config.image_query(wildcards.query) else {},
         ),
     shell:
         "forgetrace synthesize --config {params.config:q} --query {wildcards.query:q} --threads {threads}"
@@ -84,7 +85,11 @@ rule synthesize_region:
             layout.query(layout.config.whole(wildcards.query)).values()
         ),
         region=lambda wildcards: region_files(settings_of_region(wildcards.query)),
-        detector=pipeline.local_files(layout.config.synthesize.detector, ["."]),
+        detector=lambda wildcards: (
+            pipeline.local_files(layout.config.synthesize.detector, ["."])
+            if settings_of_region(wildcards.query).phrase
+            else []
+        ),
     output:
         list(layout.query("{query}").values()),
     log:
@@ -109,6 +114,7 @@ rule synthesize_region:
                 layout.config.synthesize.detector,
                 layout.config.synthesize.detector_threshold,
             ),
+            **READ_ANEW if settings_of_region(wildcards.query).mask else {},
         ),
     shell:
         "forgetrace synthesize --config {params.config:q} --query {wildcards.query:q} --threads {threads}"

@@ -15,7 +15,6 @@ from forgetrace.attribution.similarity import Comparable, FeatureSimilarity
 from forgetrace.config import Config
 from forgetrace.datasets.images import TrainingImages
 from forgetrace.diffusion.regions import bounding_box, region_of
-from forgetrace.encoding.pipeline import local_files
 from forgetrace.layout import Layout
 from forgetrace.progress import progress
 
@@ -34,8 +33,8 @@ class EncodedImages(Comparable):
         self.encoder = encoder
 
     def inputs(self) -> list[str]:
-        """List and hashes of the training images, and the files of an encoder that is a folder."""
-        return [self.layout.index, self.layout.data_manifest, *local_files(self.encoder, ["."])]
+        """The list of training images, and the dataset's manifest, which hashes all of them."""
+        return [self.layout.index, self.layout.data_manifest]
 
     def settings(self) -> dict:
         """The encoder's name and the SHA-256 of its files."""

@@ -14,7 +14,11 @@ class Retrain(Section):
     k: list[Positive] = Field([200], min_length=1, description="How many top-ranked images to leave out.")
     random_draws: Positive = Field(3, description="Random sets per K, shared by all queries.")
     seeds: int = Field(2, ge=0, description="Retrainings on all images with other seeds: the noise floor.")
-    keep_weights: bool = Field(False, description="Keep the weights of models whose measurements are kept anyway.")
+    keep_weights: bool = Field(
+        False,
+        description="Keep the weights of models whose measurements are kept anyway; set later, or with "
+        "weights deleted, it trains them again.",
+    )
     stack: Positive = Field(
         1,
         description="Models trained as one, each as it would be alone but for rounding: worth it on a GPU, which a "

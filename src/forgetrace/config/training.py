@@ -46,7 +46,9 @@ class Train(Section):
         0.1, ge=0, lt=1, description="Share of captions replaced by the empty one, for guidance."
     )
     precision: Literal["fp32", "bf16", "auto"] = Field(
-        "auto", description="Training precision; auto takes bf16 where the hardware multiplies it natively."
+        "auto",
+        description="Training precision; auto takes that of the θ0 that is there, else bf16 where the hardware "
+        "multiplies it natively.",
     )
     pretrained: str | None = Field(
         None,

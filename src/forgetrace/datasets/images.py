@@ -29,7 +29,8 @@ def read_own(path: str, ground: str = "white") -> Image.Image:
     try:
         return decoded(Path(path).read_bytes(), ground)
     except Exception as error:  # Pillow's readers raise nearly anything
-        raise UserError(f"{path} is missing or no image that can be read.") from error
+        reason = f" ({error})" if isinstance(error, ValueError) else ""
+        raise UserError(f"{path} is missing or no image that can be read{reason}.") from error
 
 
 def read_square(path: str, size: int) -> np.ndarray:

@@ -43,6 +43,7 @@ def pick_device(name: str = "auto") -> torch.device:
         _tune_cpu()
     else:
         # Scores are small differences: fp32 must be fp32, and a model must repeat itself.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # heeded from the first matrix product on
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return device
@@ -78,7 +79,6 @@ def make_deterministic() -> None:
 
     A single-threaded CPU training is repeatable as it is.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Else every new tensor is filled first, to show reads of uninitialised memory: a twentieth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -88,11 +88,12 @@ class Repeatable:
     """Computes gradients with kernels that repeat themselves, on a GPU.
 
     To be warned of the others is not enough: attention's fused backward has a repeatable way, and takes it only where
-    all else is refused. Where a model needs a kernel that has none, it goes on without, after a warning.
+    all else is refused. Where a model needs a kernel that has none, it goes on without, after a warning. Several
+    processes that train one model cannot compute a refused step again: nothing is refused there.
     """
 
-    def __init__(self, device: torch.device):
-        self.strict = device.type == "cuda"
+    def __init__(self, device: torch.device, processes: int = 1):
+        self.strict = device.type == "cuda" and processes == 1
 
     def __call__(self, compute: Callable[[], Found], clear: Callable[[], None]) -> Found:
         """What ``compute`` returns; ``clear`` forgets what it left behind when it was refused."""

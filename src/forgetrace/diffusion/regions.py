@@ -108,8 +108,8 @@ def pixels_of_mask(path: str, size: tuple[int, int], place: str) -> np.ndarray:
     """
     try:
         mask = np.asarray(read_own(path, ground="black"))
-    except UserError:
-        raise UserError(f"{place}.mask: {path} is missing or no image that can be read.") from None
+    except UserError as error:
+        raise UserError(f"{place}.mask: {error}") from None
     if mask.shape[:2] != tuple(size):
         raise UserError(
             f"{place}.mask: {path} has {mask.shape[1]}x{mask.shape[0]} pixels, the query's image {size[1]}x{size[0]}: "

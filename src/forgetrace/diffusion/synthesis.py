@@ -210,10 +210,10 @@ def _latent_of_file(layout: Layout, path: str, device: torch.device) -> np.ndarr
     size = layout.config.prepare.size
     try:
         pixels = np.asarray(read_own(path)) if size is None else read_square(path, size)
-    except UserError:
+    except UserError as error:
+        sentence = str(error).removesuffix(".")
         raise UserError(
-            f"{path} is missing or no image that can be read: put the picture of the query there, "
-            "or change its 'image' under synthesize.queries."
+            f"{sentence}: put the picture of the query there, or change its 'image' under synthesize.queries."
         ) from None
     if pixels.shape[:2] != (height, width):
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))

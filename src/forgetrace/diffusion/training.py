@@ -41,7 +41,7 @@ from forgetrace.diffusion.loss import example_losses
 from forgetrace.diffusion.model import build_scheduler, initial_unet
 from forgetrace.diffusion.stacked import clip_each, stacked
 from forgetrace.encoding.store import Encoded
-from forgetrace.layout import STACKED, Layout
+from forgetrace.layout import BASE, STACKED, Layout
 from forgetrace.progress import progress
 
 log = logging.getLogger(__name__)
@@ -74,19 +74,17 @@ def learning_rate(recipe: Train, step: int) -> float:
 
 
 def precision_of(layout: Layout, device: torch.device) -> str:
-    """The precision of all trainings of an experiment: what the config leaves open, the θ0 that is there has decided.
+    """The precision of all trainings of an experiment: what the config leaves open, a θ0 that is there has decided.
 
     Else a model of a node without bf16 would be compared with a θ0 of one that has it.
     """
-    wanted = layout.config.train.precision
-    if wanted == "auto":
+    own, training = layout.config.train.precision, Training(BASE, layout.config.seed, np.zeros(0, dtype=bool))
+    if own == "auto":
         with contextlib.suppress(UserError):
-            wanted = read_json(layout.recipe).get("precision", wanted)
-    if wanted == "bf16" != layout.config.train.precision and not native_bf16(device):
-        log.warning(
-            "θ0 was trained in bf16, which is slow on this processor: set train.precision and train another θ0."
-        )
-    return resolve_precision(wanted, device)
+            record = read_json(layout.recipe)
+            decided = record.get("precision", own)
+            own = decided if record.get("key") == training_key(layout, training, decided) else own
+    return resolve_precision(own, device)
 
 
 def training_key(layout: Layout, training: Training, precision: str) -> str:
@@ -187,6 +185,10 @@ def begin(layout: Layout, encoded: Encoded, trainings: Sequence[Training], devic
     torch.set_num_threads(recipe.threads)
     target = pick_device(device)
     precision = precision_of(layout, target)
+    if precision == "bf16" != recipe.precision and not native_bf16(target):
+        log.warning(
+            "θ0 was trained in bf16, which is slow on this processor: set train.precision and train another θ0."
+        )
     accelerator = Accelerator(cpu=target.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
     if recipe.batch_size % accelerator.num_processes:
         raise UserError(
@@ -228,7 +230,8 @@ class _Loop:
         # In bf16 on a CPU the fused attention kernel's backward takes half of the step.
         math_attention = precision == "bf16" and accelerator.device.type == "cpu"
         self.attention = (lambda: sdpa_kernel(SDPBackend.MATH)) if math_attention else contextlib.nullcontext
-        self.repeatable, self.gradients = Repeatable(accelerator.device), self._recomputed
+        self.repeatable = Repeatable(accelerator.device, accelerator.num_processes)
+        self.gradients = self._recomputed
         if accelerator.device.type == "cuda" and accelerator.num_processes == 1:
             self.gradients = Captured(self._gradients, self.optimizer.zero_grad)
         self.step, self.losses = 0, []
@@ -436,5 +439,10 @@ def unfinished(layout: Layout, trainings: Sequence[Training], missing: Sequence[
 
 
 def discard_checkpoints(layout: Layout, *trainings: Training) -> None:
-    """Remove the checkpoints of a finished training, or of several as one; called once their outputs are in place."""
+    """Remove the checkpoints of finished trainings, of all as one and of some; called when their outputs are there."""
     shutil.rmtree(checkpoints_of(layout, trainings), ignore_errors=True)
+    finished = {training.name for training in trainings}
+    for path in Path(layout.checkpoints(STACKED)).glob(f"*/{NAMES}"):
+        with contextlib.suppress(UserError):  # of a job that has just ended
+            if set(read_json(path)) <= finished:
+                shutil.rmtree(path.parent, ignore_errors=True)

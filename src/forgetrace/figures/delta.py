@@ -166,7 +166,7 @@ def _p_values(axes: Axes, layout: Layout, methods: list[str], ks: list[int], sum
     for i, method in enumerate(methods):
         for row in summary[summary["method"] == method].itertuples():
             axes.annotate(
-                f"{method}: {row.p_vs_random_holm:.2g}",
+                f"{method}: {row.p_vs_random_holm:.2g}" if len(ks) == 1 else f"p = {row.p_vs_random_holm:.2g}",
                 xy=(ks.index(row.k), 1.0 - line * i),
                 xycoords=("data", "axes fraction"),
                 ha="center",
