@@ -49,16 +49,16 @@ def test_values_by_hand(layout):
     assert list(table.columns) == UNLEARNING
     assert table["metric"].tolist() == ["loss", "delta_mse", "similarity", "ssim"]
     loss = row_of(table, variant="unlearn", metric="loss")
-    assert (loss["query"], loss["others"], loss["difference"]) == pytest.approx((0.065, 0.01, 0.055), abs=1e-6)
-    assert loss["query_se"] == pytest.approx(0.01 * np.std(range(4), ddof=1) / 2, abs=1e-6)
+    assert (loss["target"], loss["others"], loss["difference"]) == pytest.approx((0.065, 0.01, 0.055), abs=1e-6)
+    assert loss["target_se"] == pytest.approx(0.01 * np.std(range(4), ddof=1) / 2, abs=1e-6)
     assert loss["others_se"] == pytest.approx(0, abs=1e-9)
     assert loss["p"] == pytest.approx(2 / 2**4)
     error = row_of(table, variant="unlearn", metric="delta_mse")
-    assert error["query"] == pytest.approx(np.mean([(51 + i) ** 2 for i in range(4)]) / 255**2, rel=1e-4)
+    assert error["target"] == pytest.approx(np.mean([(51 + i) ** 2 for i in range(4)]) / 255**2, rel=1e-4)
     assert error["others"] == pytest.approx(np.mean([(1 + (2 + i) ** 2) / 2 for i in range(4)]) / 255**2, rel=1e-4)
     assert error["ci_low"] <= error["difference"] <= error["ci_high"]
     assert (error["n_queries"], error["n_others"]) == (4, 2)
-    assert row_of(table, variant="unlearn", metric="ssim")["query"] < 0.99
+    assert row_of(table, variant="unlearn", metric="ssim")["target"] < 0.99
 
 
 def test_an_image_and_its_region_count_as_one_query(layout):
@@ -73,8 +73,8 @@ def test_an_image_and_its_region_count_as_one_query(layout):
         write_json(layout.unlearned("unlearn", query)["losses"], record)
     loss = row_of(unlearning(layout, flat_encoder), variant="unlearn", metric="loss")
     assert (loss["n_queries"], loss["p"]) == (2, 0.5)
-    assert loss["query"] == pytest.approx(0.065)
-    assert loss["query_se"] == pytest.approx(0.02 / 2)  # .055 and .075
+    assert loss["target"] == pytest.approx(0.065)
+    assert loss["target_se"] == pytest.approx(0.02 / 2)  # .055 and .075
 
 
 def test_queries_that_only_evaluate_others_change_no_other_table(layout, results):

@@ -15,7 +15,7 @@ from forgetrace.evaluation.statistics import bootstrap_means, holm, interval, si
 from forgetrace.layout import Layout
 
 UNLEARNING = [
-    "variant", "metric", "n_queries", "n_others", "query", "query_se", "others", "others_se",
+    "variant", "metric", "n_queries", "n_others", "target", "target_se", "others", "others_se",
     "difference", "ci_low", "ci_high", "p", "p_holm",
 ]  # fmt: skip
 LOSS = "loss"
