@@ -148,15 +148,20 @@ def test_tidy_finds_checkpoints_of_trainings_the_config_does_not_have(config, tm
     assert {path for path in folder.rglob("*") if path.is_file()} == {folder / name for name in wanted}
 
 
+def tidied(config: str, *files: str) -> list[str]:
+    """What ``forgetrace tidy`` lists of these files of ``results/x/fit``."""
+    Path("x.yaml").write_text(config)
+    for file in files:
+        path = Path("results/x/fit", file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return CliRunner().invoke(cli.app, ["tidy", "--config", "x.yaml"]).output.splitlines()
+
+
 def test_tidy_keeps_what_the_config_s_methods_were_fitted_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "x.yaml").write_text("score: {methods: {trak: {timesteps: 3}}}")
-    folder = tmp_path / "results/x/fit/features"
-    folder.mkdir(parents=True)
-    for name in ("loss-all-t3-d4096", "loss-all-t4-d4096"):
-        (folder / f"{name}.npy").touch()
-    listed = CliRunner().invoke(cli.app, ["tidy", "--config", "x.yaml"]).output.splitlines()
-    assert listed == ["results/x/fit/features/loss-all-t4-d4096.npy"]
+    files = [f"features/loss-all-t{timesteps}-d4096.npy" for timesteps in (3, 4)]
+    assert tidied("score: {methods: {trak: {timesteps: 3}}}", *files) == [f"results/x/fit/{files[1]}"]
 
 
 def test_tidy_leaves_the_curvature_that_only_a_method_needs(tmp_path, monkeypatch):
@@ -164,24 +169,15 @@ def test_tidy_leaves_the_curvature_that_only_a_method_needs(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     methods = "score: {methods: {influence: {curvature: ekfac}}}"
     concepts = "customize: {objects: {test: 1}, prompts: {object: {exemplar: a V*, template: [V*]}}}"
-    Path("x.yaml").write_text(f"synthesize: {{queries: []}}\n{concepts}\n{methods}\nretrain: {{methods: []}}\n")
-    folder = tmp_path / "results/x/fit"
-    folder.mkdir(parents=True)
-    for name in ("ekfac.safetensors", "ekfac.json", "fisher.safetensors"):
-        (folder / name).touch()
-    listed = CliRunner().invoke(cli.app, ["tidy", "--config", "x.yaml"]).output.splitlines()
+    config = f"synthesize: {{queries: []}}\n{concepts}\n{methods}\nretrain: {{methods: []}}\n"
+    listed = tidied(config, "ekfac.safetensors", "ekfac.json", "fisher.safetensors")
     assert listed == ["results/x/fit/fisher.safetensors"]
 
 
 def test_tidy_leaves_the_features_that_methods_need(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("tiny.yaml").write_text("score: {methods: {unet-features: {noises: 2}}}\n")
-    folder = tmp_path / "results/tiny/fit/features"
-    folder.mkdir(parents=True)
-    for name in ("unet-t25-noises2.npy", "unet-t25-noises2.json", "unet-t25-noises4.npy"):
-        (folder / name).touch()
-    listed = CliRunner().invoke(cli.app, ["tidy", "--config", "tiny.yaml"]).output.splitlines()
-    assert listed == ["results/tiny/fit/features/unet-t25-noises4.npy"]
+    files = [f"features/unet-t25-{name}" for name in ("noises2.npy", "noises2.json", "noises4.npy")]
+    assert tidied("score: {methods: {unet-features: {noises: 2}}}\n", *files) == [f"results/x/fit/{files[2]}"]
 
 
 def test_tidy_keeps_features_and_weights_of_halves_and_pools(tmp_path, monkeypatch):

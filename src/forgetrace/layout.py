@@ -189,6 +189,10 @@ class Layout:
         files = {"diagonal": [self.fisher, self.fisher_report], "ekfac": [self.ekfac, self.ekfac_report], "none": []}
         return files[curvature]
 
+    def all_fitted(self) -> list[str]:
+        """What ``fit`` writes of every curvature of the config."""
+        return [path for curvature in self.config.curvatures() for path in self.fitted(curvature)]
+
     def features_record(self, name: str) -> str:
         """Settings and hashes of what those features were computed from, where they must be met again (JSON)."""
         return f"{self.root}/fit/features/{name}.json"
@@ -379,7 +383,7 @@ class Layout:
         """Every file the stages write below ``root``, figures excepted, for the current config."""
         config, queries = self.config, self.config.queries()
         files = {*self.encoded, *self.model_files, self.curve, self.recipe, self.base_scan}
-        files |= {path for curvature in config.curvatures() for path in self.fitted(curvature)}
+        files |= set(self.all_fitted())
         files |= {*self.snapshots, self.metrics}
         files |= {self.table(name) for name in self.tables()}
         for model in self.asked_at_once():

@@ -326,7 +326,7 @@ def test_an_ekfac_influence_reads_its_factors(tiny):
     scores = attributor(layout, "m", "cpu").scores(QUERY)
     diagonal = attributor(with_method(tiny, attributor="influence", timesteps=2), "m", "cpu").scores(QUERY)
     assert np.isfinite(scores).all()
-    assert not np.allclose(scores, diagonal, rtol=0.01)
+    assert 0.2 < np.corrcoef(scores, diagonal)[0, 1] < 0.99999
 
 
 def by_hand(factors: dict, damping: float, gradient: dict) -> dict:

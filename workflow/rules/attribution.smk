@@ -79,11 +79,7 @@ use rule fit as fit_ekfac with:
 
 rule all_fit:
     input:
-        [
-            path
-            for curvature in layout.config.curvatures()
-            for path in layout.fitted(curvature)
-        ],
+        layout.all_fitted(),
         # Customised models have features of the UNet each for itself.
         [
             layout.features(name)

@@ -218,10 +218,9 @@ def given_for(model):
 
 def ranking_inputs():
     """What the methods need of the base set once: its curvatures and features, which all customised models share."""
-    fits = layout.config.curvatures()
     features = registry.methods_features(layout)
     images = [layout.features(name) for name in features if name.startswith("image-")]
-    return sorted({path for fit in fits for path in layout.fitted(fit)}) + images
+    return sorted(layout.all_fitted()) + images
 
 
 # With retrain.stack, one job makes all models of a set.

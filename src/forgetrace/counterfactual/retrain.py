@@ -57,7 +57,8 @@ def retrain(layout: Layout, models: Sequence[Model], device: str = "auto") -> No
         UserError: as :func:`training_of` and :func:`forgetrace.diffusion.training.train_as_one`.
     """
     encoded, target = load_encoded(layout), pick_device(device)
-    work, groups = [_work(layout, encoded, model, target) for model in models], []
+    precision, groups = precision_of(layout, target), []
+    work = [_work(layout, encoded, model, target, precision) for model in models]
     for start in range(0, len(work), layout.config.retrain.stack):
         part = work[start : start + layout.config.retrain.stack]
         missing = [one for one in part if one.missing]
@@ -100,10 +101,10 @@ class _Work:
     missing: bool
 
 
-def _work(layout: Layout, encoded: Encoded, model: Model, device: torch.device) -> _Work:
+def _work(layout: Layout, encoded: Encoded, model: Model, device: torch.device, precision: str) -> _Work:
     """Find out what is missing of a model; ask one whose weights were kept what it has not been asked yet."""
     training = training_of(layout, encoded, *model)
-    trained = training_key(layout, training, precision_of(layout, device))
+    trained = training_key(layout, training, precision)
     at_once = model in layout.asked_at_once()
     shared, path = model[0] in (RANDOM, SEED_SET) and not at_once, layout.retrained(*model)
     keeps_weights = shared or layout.config.retrain.keep_weights
